@@ -1,0 +1,197 @@
+"""Key-value caches of a chunk-level search, in three parts.
+
+Letters: P prompts, K beams, B successors a beam, S prompt slots, H beam slots, L chunk
+slots, N new tokens.
+
+    prompt   [P, S]         written once by prefill, shared by all candidates of the prompt
+    beams    [P, K, H]      a beam's own tokens, shared by its successors
+    chunk    [P, K, B, L]   the chunk in progress, one per candidate
+
+A part is a set of slots. A slot holds the keys and values of one token in every layer, and
+that token's position in its sequence; empty slots and padding have position -1:
+
+    prompt.positions     0  1  2  3 -1 -1        a prompt of 4 tokens padded to 6
+    beams.positions      4  5 -1 -1  6  7 -1     chunks of 4 slots; the first ended early
+    chunk.positions      8  9 -1 -1              two tokens of the chunk are written
+
+Positions alone decide what is visible, so padding may stand anywhere and sliding windows
+need no special case. Slots fill in step: `cursor`, the next free slot, is one number for
+all sequences of a part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from iro_jax.models.config import TransformerConfig
+from iro_jax.models.sharding import RULES, Rules, named_sharding
+
+EMPTY = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CachePart:
+    """Keys and values of the tokens in one part; `lead` is `[P]`, `[P, K]` or `[P, K, B]`.
+
+    Attributes:
+      keys: one array a layer, `[*lead, kv_heads, slots, head_dim]`, already rotated.
+      values: like `keys`.
+      positions: position of each slot's token, or -1, `[*lead, slots]`.
+      lengths: number of tokens held, `[*lead]`.
+      cursor: the next free slot, a scalar.
+    """
+
+    keys: tuple[Float[Array, "*lead kv_heads slots head_dim"], ...]
+    values: tuple[Float[Array, "*lead kv_heads slots head_dim"], ...]
+    positions: Int[Array, "*lead slots"]
+    lengths: Int[Array, "*lead"]
+    cursor: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: TransformerConfig, lead: tuple[int, ...], slots: int) -> CachePart:
+        shape = (*lead, config.num_kv_heads, slots, config.head_dim)
+
+        def zeros():
+            return tuple(jnp.zeros(shape, config.dtype) for _ in config.layers)
+
+        return cls(
+            keys=zeros(),
+            values=zeros(),
+            positions=jnp.full((*lead, slots), EMPTY, jnp.int32),
+            lengths=jnp.zeros(lead, jnp.int32),
+            cursor=jnp.zeros((), jnp.int32),
+        )
+
+    @property
+    def slots(self) -> int:
+        return self.positions.shape[-1]
+
+    def shardings(self, mesh: Mesh, rules: Rules = RULES) -> CachePart:
+        """The same structure with a `NamedSharding` for every array (or abstract array)."""
+        lead = ("batch",) + (None,) * (self.lengths.ndim - 1)
+
+        def heads(x):
+            return named_sharding((*lead, "kv_heads", None, None), x.shape, mesh, rules)
+
+        return CachePart(
+            keys=tuple(map(heads, self.keys)),
+            values=tuple(map(heads, self.values)),
+            positions=named_sharding((*lead, None), self.positions.shape, mesh, rules),
+            lengths=named_sharding(lead, self.lengths.shape, mesh, rules),
+            cursor=NamedSharding(mesh, PartitionSpec()),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The three parts. Created empty, filled by `Network.prefill` and `Network.decode`."""
+
+    prompt: CachePart
+    beams: CachePart
+    chunk: CachePart
+
+    @classmethod
+    def empty(
+        cls,
+        config: TransformerConfig,
+        *,
+        num_prompts: int,
+        prompt_slots: int,
+        beam_width: int = 1,
+        beam_slots: int = 0,
+        num_successors: int = 1,
+        chunk_length: int = 1,
+    ) -> Cache:
+        lead = (num_prompts, beam_width, num_successors)
+        return cls(
+            prompt=CachePart.empty(config, lead[:1], prompt_slots),
+            beams=CachePart.empty(config, lead[:2], beam_slots),
+            chunk=CachePart.empty(config, lead, chunk_length),
+        )
+
+    def shardings(self, mesh: Mesh, rules: Rules = RULES) -> Cache:
+        return Cache(
+            prompt=self.prompt.shardings(mesh, rules),
+            beams=self.beams.shardings(mesh, rules),
+            chunk=self.chunk.shardings(mesh, rules),
+        )
+
+    def next_positions(self) -> Int[Array, "P K B"]:
+        """The position of each candidate's next token."""
+        return (
+            self.prompt.lengths[:, None, None] + self.beams.lengths[..., None] + self.chunk.lengths
+        )
+
+    def commit(self, parents: Int[Array, "P K"]) -> Cache:
+        """Makes the selected candidates the new beams and empties the chunk.
+
+        Args:
+          parents: candidate `k * B + b` chosen for each new beam, in `[0, K * B)`.
+
+        The chunk's slots are appended after the beams' cursor; there must be room for
+        `chunk_length` of them (checked where the capacity is chosen, since the cursor is
+        traced).
+        """
+        num_prompts, width, successors = self.chunk.lengths.shape
+        beam_parents = parents // successors
+
+        def select_beams(x):
+            return take(x, beam_parents)
+
+        def select_chunks(x):
+            return take(x.reshape(num_prompts, width * successors, *x.shape[3:]), parents)
+
+        def extend(beams, chunk, axis):
+            return lax.dynamic_update_slice_in_dim(
+                select_beams(beams), select_chunks(chunk), self.beams.cursor, axis
+            )
+
+        beams = CachePart(
+            keys=tuple(
+                extend(old, new, -2)
+                for old, new in zip(self.beams.keys, self.chunk.keys, strict=True)
+            ),
+            values=tuple(
+                extend(old, new, -2)
+                for old, new in zip(self.beams.values, self.chunk.values, strict=True)
+            ),
+            positions=extend(self.beams.positions, self.chunk.positions, -1),
+            lengths=select_beams(self.beams.lengths) + select_chunks(self.chunk.lengths),
+            cursor=self.beams.cursor + self.chunk.slots,
+        )
+        chunk = dataclasses.replace(
+            self.chunk,
+            positions=jnp.full_like(self.chunk.positions, EMPTY),
+            lengths=jnp.zeros_like(self.chunk.lengths),
+            cursor=jnp.zeros_like(self.chunk.cursor),
+        )
+        return Cache(prompt=self.prompt, beams=beams, chunk=chunk)
+
+
+def take(x: Array, indices: Int[Array, "P K"]) -> Array:
+    """`x[p, indices[p, k]]` for `x` of shape `[P, M, ...]`."""
+    return jax.vmap(lambda rows, chosen: rows[chosen])(x, indices)
+
+
+def visible(
+    positions: Int[Array, "*batch length"],
+    part_positions: Int[Array, "*part slots"],
+    window: int | None,
+) -> Bool[Array, "*batch length slots"]:
+    """Which slots each query may attend to: filled ones, not after it, within its window."""
+    batch = positions.shape[:-1]
+    lead = part_positions.shape[:-1]
+    slots = part_positions.reshape(*lead, *(1,) * (len(batch) - len(lead) + 1), -1)
+    queries = positions[..., None]
+    seen = (slots != EMPTY) & (slots <= queries)
+    if window is not None:
+        seen &= slots > queries - window
+    return seen

@@ -1,0 +1,259 @@
+"""A transformer as pure functions of `(params, cache, tokens)`.
+
+`Network` is a frozen, hashable description with four functions: `forward` reads whole
+sequences and keeps nothing (training, rewards), `prefill` reads prompts into a cache,
+`decode` extends every candidate by one or more tokens, and `init` makes random parameters.
+None of them is jitted here; the caller jits. Parameters are the NNX state of
+`iro_jax.models.transformer.Transformer`.
+
+Layers are unrolled: a cache carried through `lax.scan` would be copied at every step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from iro_jax.models import rope as rope_lib
+from iro_jax.models.cache import EMPTY, Cache, CachePart, visible
+from iro_jax.models.config import TransformerConfig
+from iro_jax.models.sharding import RULES, Rules, named_sharding
+from iro_jax.models.transformer import Transformer
+
+Params = nnx.State
+Want = Literal["logits", "hidden", "score"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What was asked for; the rest is None. Letters: V vocabulary, D embed_dim.
+
+    Attributes:
+      logits: next-token logits, f32, `[..., V]`.
+      hidden: hidden states after the final norm, `[..., D]`.
+      score: the scalar head's value, f32, `[...]`.
+    """
+
+    logits: Float[Array, "*batch V"] | None = None
+    hidden: Float[Array, "*batch D"] | None = None
+    score: Float[Array, "*batch"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One architecture. Equal configurations give equal networks (static under `jax.jit`)."""
+
+    config: TransformerConfig
+
+    def init(self, key: Array) -> Params:
+        """Random parameters in f32: normal with deviation 0.02, norms at one."""
+        return nnx.state(Transformer(self.config, rngs=nnx.Rngs(params=key)), nnx.Param)
+
+    def abstract_params(self) -> Params:
+        """Shapes and axis names of the parameters, without the arrays."""
+        return _split(self.config)[1]
+
+    def param_shardings(self, mesh: Mesh, rules: Rules = RULES) -> Params:
+        """A `NamedSharding` for every parameter, in the structure of the parameters."""
+
+        def sharding(param):
+            value = param.get_value()
+            return param.replace(
+                named_sharding(param.get_metadata("axes"), value.shape, mesh, rules)
+            )
+
+        return jax.tree.map(
+            sharding, self.abstract_params(), is_leaf=lambda x: isinstance(x, nnx.Variable)
+        )
+
+    def empty_cache(self, **sizes: int) -> Cache:
+        """An empty `Cache`; see `Cache.empty` for the sizes."""
+        return Cache.empty(self.config, **sizes)
+
+    def forward(
+        self,
+        params: Params,
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"],
+        *,
+        want: tuple[Want, ...] | None = None,
+    ) -> Outputs:
+        """Reads whole sequences.
+
+        Args:
+          tokens: token ids; anything where `mask` is false.
+          mask: which tokens are real. Padding may stand on either side.
+          want: the outputs; by default what the configuration's head gives.
+
+        Returns:
+          `Outputs` at every token, `[batch, length, ...]`; arbitrary at padding.
+        """
+        _check_tokens(tokens, mask, rank=2)
+        positions = _positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
+        module = self._module(params)
+        hidden, _ = _apply(module, tokens, positions, context=(), own=None)
+        return self._outputs(module, hidden, want)
+
+    def prefill(
+        self,
+        params: Params,
+        cache: Cache,
+        tokens: Int[Array, "P S"],
+        mask: Bool[Array, "P S"],
+        *,
+        want: tuple[Want, ...] | None = None,
+        every_position: bool = False,
+    ) -> tuple[Outputs, Cache]:
+        """Reads the prompts into an empty cache.
+
+        Args:
+          cache: a new cache with `prompt_slots == S`.
+          tokens: prompts, one bucket long.
+          mask: which tokens are real; each prompt has at least one.
+          every_position: outputs at all S tokens, not only at each prompt's last one.
+
+        Returns:
+          `Outputs` of shape `[P, ...]` (or `[P, S, ...]`), and the cache.
+        """
+        _check_tokens(tokens, mask, rank=2)
+        chex.assert_shape(tokens, cache.prompt.positions.shape)
+        positions = _positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
+        module = self._module(params)
+        hidden, prompt = _apply(module, tokens, positions, context=(), own=None)
+        if not every_position:
+            last = jnp.argmax(positions, axis=-1)
+            hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return self._outputs(module, hidden, want), dataclasses.replace(cache, prompt=prompt)
+
+    def decode(
+        self,
+        params: Params,
+        cache: Cache,
+        tokens: Int[Array, "P K B N"],
+        mask: Bool[Array, "P K B N"] | None = None,
+        *,
+        want: tuple[Want, ...] | None = None,
+    ) -> tuple[Outputs, Cache]:
+        """Extends every candidate's chunk by N tokens (N = 1 when sampling).
+
+        Args:
+          cache: its chunk has room for N more slots (the cursor is traced, so this is the
+            caller's arithmetic).
+          tokens: the next tokens of every candidate.
+          mask: which of them are real; a finished candidate's are not. All by default.
+
+        Returns:
+          `Outputs` at every new token, `[P, K, B, N, ...]`, and the cache with them in it.
+        """
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+        _check_tokens(tokens, mask, rank=4)
+        chex.assert_shape(tokens, (*cache.chunk.lengths.shape, None))
+        positions = _positions(mask, cache.next_positions())
+        context = tuple(part for part in (cache.prompt, cache.beams) if part.slots)
+        module = self._module(params)
+        hidden, chunk = _apply(module, tokens, positions, context, own=cache.chunk)
+        return self._outputs(module, hidden, want), dataclasses.replace(cache, chunk=chunk)
+
+    def _module(self, params: Params) -> Transformer:
+        return nnx.merge(_split(self.config)[0], params)
+
+    def _outputs(
+        self, module: Transformer, hidden: Array, want: tuple[Want, ...] | None
+    ) -> Outputs:
+        want = (self.config.head,) if want is None else want
+        return Outputs(
+            logits=module.logits(hidden) if "logits" in want else None,
+            hidden=hidden if "hidden" in want else None,
+            score=module.score(hidden) if "score" in want else None,
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _split(config: TransformerConfig) -> tuple[nnx.GraphDef, Params]:
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return nnx.split(abstract)
+
+
+def _check_tokens(tokens: Array, mask: Array, rank: int) -> None:
+    chex.assert_rank(tokens, rank)
+    chex.assert_type(tokens, int)
+    chex.assert_type(mask, bool)
+    chex.assert_equal_shape([tokens, mask])
+
+
+def _positions(mask: Bool[Array, "*lead N"], start: Int[Array, "*lead"]) -> Int[Array, "*lead N"]:
+    offsets = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
+    return jnp.where(mask, start[..., None] + offsets, EMPTY)
+
+
+def _apply(
+    module: Transformer,
+    tokens: Int[Array, "*lead N"],
+    positions: Int[Array, "*lead N"],
+    context: tuple[CachePart, ...],
+    own: CachePart | None,
+) -> tuple[Float[Array, "*lead N D"], CachePart]:
+    """Runs new tokens through the layers.
+
+    Args:
+      context: parts that are read only; their leading axes are a prefix of `lead`.
+      own: the part that the new tokens are written into and that they attend to; None
+        makes a new part that holds just these tokens.
+
+    Returns:
+      Hidden states after the final norm, and the own part with the new tokens in it.
+    """
+    config = module.config
+    if own is None:
+        own_positions = positions
+        lengths = jnp.zeros(positions.shape[:-1], jnp.int32)
+        cursor = jnp.zeros((), jnp.int32)
+    else:
+        cursor = own.cursor
+        own_positions = lax.dynamic_update_slice_in_dim(own.positions, positions, cursor, axis=-1)
+        lengths = own.lengths
+    all_positions = [part.positions for part in context] + [own_positions]
+
+    rope_tables = {
+        rope: rope_lib.tables(rope, positions) for rope in {layer.rope for layer in config.layers}
+    }
+    masks = {
+        window: [visible(positions, part, window) for part in all_positions]
+        for window in {layer.window for layer in config.layers}
+    }
+
+    new_keys, new_values = [], []
+
+    def remember(index, window, keys, values):
+        if own is not None:
+            keys = lax.dynamic_update_slice_in_dim(own.keys[index], keys, cursor, axis=-2)
+            values = lax.dynamic_update_slice_in_dim(own.values[index], values, cursor, axis=-2)
+        new_keys.append(keys)
+        new_values.append(values)
+        stored = [(part.keys[index], part.values[index]) for part in context]
+        pairs = zip([*stored, (keys, values)], masks[window], strict=True)
+        return [(k, v, seen) for (k, v), seen in pairs]
+
+    x = module.embed(tokens)
+    for index, block in enumerate(module.layers):
+        layer = block.layer
+        x = block(x, rope_tables[layer.rope], functools.partial(remember, index, layer.window))
+
+    written = CachePart(
+        keys=tuple(new_keys),
+        values=tuple(new_values),
+        positions=own_positions,
+        lengths=lengths + jnp.sum(positions != EMPTY, axis=-1, dtype=jnp.int32),
+        cursor=cursor + tokens.shape[-1],
+    )
+    return module.final_norm(x), written
