@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +38,31 @@ class YarnScaling:
     original_context: int
     attention_factor: float
     truncate: bool = True
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], original_context: int) -> YarnScaling:
+        """From the `rope_parameters` of a Hugging Face configuration."""
+        factor = float(parameters["factor"])
+
+        def temperature(scale: float | None) -> float:
+            return 0.1 * (1.0 if scale is None else scale) * math.log(factor) + 1.0
+
+        scale, scale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        attention_factor = parameters.get("attention_factor")
+        if attention_factor is None and factor <= 1:
+            attention_factor = 1.0
+        elif attention_factor is None and scale and scale_all:
+            attention_factor = temperature(scale) / temperature(scale_all)
+        elif attention_factor is None:
+            attention_factor = temperature(None)
+        return cls(
+            factor=factor,
+            beta_fast=float(parameters.get("beta_fast") or 32),
+            beta_slow=float(parameters.get("beta_slow") or 1),
+            original_context=original_context,
+            attention_factor=float(attention_factor),
+            truncate=bool(parameters.get("truncate", True)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

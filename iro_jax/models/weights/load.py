@@ -1,0 +1,309 @@
+"""Checkpoints to networks and back.
+
+Everything that can be wrong with a checkpoint is found from headers and configuration,
+before the first weight is read. Then each parameter goes straight from the file to the
+devices that hold it: a device's shard is assembled from the parts of the tensors it is
+made of, in small blocks, so that no more than one shard is ever on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from iro_jax.models.config import Head
+from iro_jax.models.families import family_of, translate_config
+from iro_jax.models.network import Network, Params
+from iro_jax.models.sharding import RULES, Rules
+from iro_jax.models.weights.checkpoint import Checkpoint, CheckpointError, id_set
+from iro_jax.models.weights.layout import (
+    Layout,
+    Path as ParamPath,
+    Piece,
+    checkpoint_layout,
+    tensor_shapes,
+)
+from iro_jax.models.weights.safetensors_folder import write_folder
+from iro_jax.models.weights.sources import open_checkpoint
+
+_BLOCK_BYTES = 64 * 2**20
+_PROGRESS_BYTES = 2**30
+
+# Tensors that some checkpoints carry and no network of ours needs.
+_IGNORED = re.compile(
+    r".*(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)|lm_head\.weight"
+    r"|embed_out\.weight|score\.weight|v_head\..*"
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A network with its weights and everything else its checkpoint knows.
+
+    Attributes:
+      network: the architecture as pure functions.
+      params: the weights.
+      tokenizer: the checkpoint's own, or None if it came without one.
+      eos_ids: tokens that end an answer.
+      hf_config: what `config.json` says (for a GGUF file, what it would say).
+      origin: the folder or file it was read from.
+    """
+
+    network: Network
+    params: Params
+    tokenizer: PreTrainedTokenizerBase | None
+    eos_ids: tuple[int, ...]
+    hf_config: dict[str, Any]
+    origin: Path
+
+
+def from_pretrained(
+    name: str | os.PathLike[str],
+    *,
+    head: Head | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+) -> Pretrained:
+    """Loads a checkpoint: a policy, a reward model or a value function.
+
+    Args:
+      name: a folder, a GGUF file, `pip:PACKAGE` or a hub name; see
+        `iro_jax.models.weights.sources`.
+      head: what the network ends in, `logits` or `score`; by default what the checkpoint's
+        architecture says.
+      dtype: of weights and computation, `float32` or `bfloat16`; by default as stored
+        (f32 for GGUF files and for f16).
+      mesh: devices to spread the weights over, by `rules`; one device if None.
+      rules: logical axis names to mesh axes.
+
+    Raises:
+      CheckpointError: the checkpoint is incomplete, damaged, of an unknown architecture, or
+        its tensors or tokenizer do not fit its configuration. Nothing is on a device then.
+    """
+    checkpoint = open_checkpoint(name)
+    if dtype is None:
+        dtype = "bfloat16" if checkpoint.dtype.name == "bfloat16" else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16'. Got: {dtype!r}")
+    origin = f"{checkpoint.origin}: config"
+    try:
+        family = family_of(checkpoint.hf_config, origin)
+        config = translate_config(checkpoint.hf_config, head=head, dtype=dtype, origin=origin)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    network = Network(config)
+    layout = checkpoint_layout(config, family.names)
+    _check_tensors(checkpoint, layout)
+    tokenizer = checkpoint.load_tokenizer()
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config.vocab_size, str(checkpoint.origin))
+    eos = id_set(checkpoint.eos_ids, tokenizer.eos_token_id if tokenizer is not None else None)
+    return Pretrained(
+        network=network,
+        params=_load(checkpoint, network, layout, mesh, rules),
+        tokenizer=tokenizer,
+        eos_ids=eos,
+        hf_config=dict(checkpoint.hf_config),
+        origin=checkpoint.origin,
+    )
+
+
+def save_pretrained(model: Pretrained, folder: str | os.PathLike[str]) -> None:
+    """Writes a safetensors folder that `transformers` opens and that reads back bit for bit.
+
+    The folder appears whole or not at all.
+
+    Raises:
+      FileExistsError: there is something at `folder` already.
+    """
+    config = model.network.config
+    family = family_of(model.hf_config)
+    flat = dict(nnx.to_flat_state(model.params))
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for path, pieces in checkpoint_layout(config, family.names).items():
+            parameter = np.asarray(jax.device_get(flat[path].get_value()))
+            for piece in pieces:
+                yield piece.name, piece.extract(parameter)
+
+    stored = np.dtype(next(iter(flat.values())).get_value().dtype).name
+    architecture = family.architecture(config.head)
+    hf_config = model.hf_config | {"architectures": [architecture], "dtype": stored}
+    hf_config.pop("torch_dtype", None)
+    if config.head == "score":
+        hf_config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    eos = list(model.eos_ids)
+    write_folder(
+        Path(folder),
+        hf_config,
+        tensors(),
+        tokenizer=model.tokenizer,
+        generation_config={"eos_token_id": eos} if eos and config.head == "logits" else None,
+    )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, origin: str) -> None:
+    """Checks that the tokenizer's ids have embeddings.
+
+    Added special tokens past the embedding are allowed as long as they are not the ones that
+    begin, end or pad text (Gemma 3 has such a token for images); `render` rejects them.
+
+    Raises:
+      CheckpointError: they have not.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    working = id_set(tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if tokenizer.vocab_size > vocab_size or any(i >= vocab_size for i in working):
+        raise CheckpointError(
+            f"{origin}: the tokenizer does not fit: it has {tokenizer.vocab_size} tokens"
+            f" (largest id {largest}), config.json says vocab_size={vocab_size}"
+        )
+    if len(tokenizer) < vocab_size // 2:
+        logging.warning(
+            "%s: the tokenizer has %d tokens, less than half of vocab_size=%d. Is it this model's?",
+            origin,
+            len(tokenizer),
+            vocab_size,
+        )
+
+
+def _check_tensors(checkpoint: Checkpoint, layout: Layout) -> None:
+    needed = tensor_shapes(layout)
+    for name, shape in needed.items():
+        if name not in checkpoint.shapes:
+            reason = " (it is not a reward model)" if name == "score.weight" else ""
+            raise CheckpointError(f"{checkpoint.origin}: tensor {name!r} is missing{reason}")
+        if checkpoint.shapes[name] != shape:
+            raise CheckpointError(
+                f"{checkpoint.location(name)}: tensor {name!r} must have shape {shape}, says"
+                f" config.json. Got: {checkpoint.shapes[name]}"
+            )
+    extra = [n for n in checkpoint.shapes if n not in needed and not _IGNORED.fullmatch(n)]
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.location(extra[0])}: config.json has no place for tensor {extra[0]!r}"
+            f" ({len(extra)} such tensors)"
+        )
+
+
+def _load(
+    checkpoint: Checkpoint, network: Network, layout: Layout, mesh: Mesh | None, rules: Rules
+) -> Params:
+    dtype = np.dtype(jax.numpy.dtype(network.config.dtype))
+    abstract = dict(nnx.to_flat_state(network.abstract_params()))
+    shardings: dict[ParamPath, Sharding]
+    if mesh is None:
+        shardings = dict.fromkeys(abstract, SingleDeviceSharding(jax.devices()[0]))
+    else:
+        flat = nnx.to_flat_state(network.param_shardings(mesh, rules))
+        shardings = {path: variable.get_value() for path, variable in flat}
+    total = dtype.itemsize * sum(variable.size for variable in abstract.values())
+    progress = tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc=f"Loading {checkpoint.origin.name}",
+        disable=None if total > _PROGRESS_BYTES else True,
+    )
+    loaded = {}
+    with progress:
+        for path, variable in abstract.items():
+            array = _load_parameter(
+                checkpoint, layout[path], tuple(variable.shape), dtype, shardings[path]
+            )
+            loaded[path] = variable.replace(array)
+            progress.update(array.nbytes)
+    return nnx.from_flat_state(loaded)
+
+
+def _load_parameter(
+    checkpoint: Checkpoint,
+    pieces: tuple[Piece, ...],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: Sharding,
+) -> jax.Array:
+    """Reads each distinct shard once and puts it on the devices that hold it."""
+    arrays = []
+    shards: dict[str, list[jax.Device]] = {}
+    indices = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        index = tuple(index or (slice(None),) * len(shape))
+        shards.setdefault(str(index), []).append(device)
+        indices[str(index)] = index
+    for key, devices in shards.items():
+        bounds = [s.indices(size)[:2] for s, size in zip(indices[key], shape, strict=True)]
+        block = np.empty([stop - start for start, stop in bounds], dtype)
+        for piece in pieces:
+            _read_piece(checkpoint, piece, bounds, block)
+        arrays += [jax.device_put(block, device) for device in devices]
+        jax.block_until_ready(arrays)
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _read_piece(
+    checkpoint: Checkpoint, piece: Piece, bounds: list[tuple[int, int]], out: np.ndarray
+) -> None:
+    """Copies the part of a tensor that lies within a parameter's `bounds` into `out`."""
+    kept = [axis for axis in range(out.ndim) if not _is_integer(piece.slot, axis)]
+    target = out[piece.slot]
+    view_bounds = [(0, size) for size in piece.view]
+    for parameter_axis, view_axis in zip(kept, piece.order, strict=True):
+        if not _is_section(piece.slot, parameter_axis):
+            view_bounds[view_axis] = bounds[parameter_axis]
+
+    leading = piece.view[0]
+    rows_each = piece.shape[0] // leading
+    row_bytes = max(1, int(np.prod(piece.shape[1:])) * rows_each * 4)
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    start, stop = view_bounds[0]
+    leading_axis = piece.order.index(0)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        rows = slice(first * rows_each, last * rows_each)
+        # Only the first axis of the view is cut while reading rows; the others below.
+        columns, inner = _columns(piece, view_bounds)
+        tensor = checkpoint.read(piece.name, (rows, *columns))
+        part = tensor.reshape(last - first, *inner).transpose(piece.order)
+        place = [slice(None)] * part.ndim
+        place[leading_axis] = slice(first - start, last - start)
+        target[tuple(place)] = part
+
+
+def _columns(
+    piece: Piece, view_bounds: list[tuple[int, int]]
+) -> tuple[tuple[slice, ...], list[int]]:
+    """Column slices of the tensor, and the sizes of the view's axes after the first."""
+    inner = [stop - start for start, stop in view_bounds[1:]]
+    if len(piece.shape) == 1:
+        return (), inner
+    # The axes of the view that make up the tensor's columns are the trailing ones.
+    split = len(piece.view)
+    size = 1
+    while size < piece.shape[1]:
+        split -= 1
+        size *= piece.view[split]
+    stride = piece.shape[1] // piece.view[split]
+    start, stop = view_bounds[split]
+    return (slice(start * stride, stop * stride),), inner
+
+
+def _is_integer(slot: tuple[int | slice, ...], axis: int) -> bool:
+    return axis < len(slot) and isinstance(slot[axis], int)
+
+
+def _is_section(slot: tuple[int | slice, ...], axis: int) -> bool:
+    return axis < len(slot) and slot[axis] != slice(None)
