@@ -77,16 +77,14 @@ class CachePart:
         """The same structure with a `NamedSharding` for every array (or abstract array)."""
         lead = ("batch",) + (None,) * (self.lengths.ndim - 1)
 
-        def heads(x):
-            return named_sharding((*lead, "kv_heads", None, None), x.shape, mesh, rules)
+        def sharding(x: Array) -> NamedSharding:
+            if x.ndim == 0:
+                return NamedSharding(mesh, PartitionSpec())
+            rest = x.ndim - len(lead)
+            trailing = ("kv_heads", None, None) if rest == 3 else (None,) * rest
+            return named_sharding((*lead, *trailing), x.shape, mesh, rules)
 
-        return CachePart(
-            keys=tuple(map(heads, self.keys)),
-            values=tuple(map(heads, self.values)),
-            positions=named_sharding((*lead, None), self.positions.shape, mesh, rules),
-            lengths=named_sharding(lead, self.lengths.shape, mesh, rules),
-            cursor=NamedSharding(mesh, PartitionSpec()),
-        )
+        return jax.tree.map(sharding, self)
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import chex
 import jax
@@ -29,7 +29,7 @@ from iro_jax.models.config import TransformerConfig
 from iro_jax.models.sharding import RULES, Rules, named_sharding
 from iro_jax.models.transformer import Transformer
 
-Params = nnx.State
+Params: TypeAlias = nnx.State
 Want = Literal["logits", "hidden", "score"]
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
     """Positions divided by `factor` (position interpolation)."""

@@ -73,6 +73,4 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     leading = ("batch",) + (None,) * (x.ndim - len(axes) - 1)
-    return jax.lax.with_sharding_constraint(
-        x, partition_spec((*leading, *axes), x.shape, mesh)
-    )
+    return jax.lax.with_sharding_constraint(x, partition_spec((*leading, *axes), x.shape, mesh))

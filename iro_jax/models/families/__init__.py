@@ -12,8 +12,7 @@ from iro_jax.models.families.mistral import MISTRAL
 from iro_jax.models.families.qwen import QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, GPT_NEOX)
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, GPT_NEOX)
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from iro_jax.models.config import Activation, Head, Layer, TransformerConfig
-from iro_jax.models.rope import Llama3Scaling, LinearScaling, Rope, YarnScaling
+from iro_jax.models.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 
 HfConfig = Mapping[str, Any]
 """A `config.json` after `transformers` has filled in its defaults and present names."""

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2408.00118, https://arxiv.org/abs/2503.19786"""
 from typing import Any
 
 from iro_jax.models.config import TransformerConfig
-from iro_jax.models.families.base import Family, HfConfig, WeightNames, activation, common_fields
+from iro_jax.models.families.base import Family, HfConfig, WeightNames, common_fields
 
 _NAMES = WeightNames(
     attention_post_norm="post_attention_layernorm",
@@ -23,8 +23,7 @@ def _translate(hf: HfConfig, **fields: Any) -> TransformerConfig:
     bias = bool(hf.get("attention_bias"))
     return TransformerConfig(
         **common_fields(
-            hf | {"hidden_act": hf["hidden_activation"]},
-            activation=activation(hf, "hidden_activation"),
+            {**hf, "hidden_act": hf["hidden_activation"]},
             norm_plus_one=True,
             post_norms=True,
             scale_embeddings=True,

@@ -23,14 +23,17 @@ class Checkpoint(Protocol):
       hf_config: the content of a `config.json`.
       shapes: every tensor's shape.
       dtype: the floating-point type that most of the tensors are stored in.
-      eos_ids: tokens that end an answer.
     """
 
     origin: Path
     hf_config: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     dtype: np.dtype
-    eos_ids: tuple[int, ...]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        ...
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A rectangular part of a tensor; one slice per axis, step 1. Touches no more."""

@@ -73,10 +73,8 @@ class GgufFile:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = self._tensors[name]
-        rows = index[0]
         order = self._row_order(name)
-        if order is not None:
-            rows = order[rows]
+        rows = index[0] if order is None else order[index[0]]
         block = gguf.dequantize(tensor.data[rows], tensor.tensor_type)
         if self.family.gguf_architecture.startswith("gemma") and name.endswith("norm.weight"):
             block = block - np.float32(1.0)

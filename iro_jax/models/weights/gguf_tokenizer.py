@@ -77,9 +77,7 @@ def _byte_level(
         splitter = byte_level
     else:
         known = sorted((*_WORDS, *_SINGLE_DIGITS, *_PLAIN_BYTE_LEVEL))
-        raise CheckpointError(
-            f"{origin}: tokenizer.ggml.pre must be one of {known}. Got: {rule!r}"
-        )
+        raise CheckpointError(f"{origin}: tokenizer.ggml.pre must be one of {known}. Got: {rule!r}")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WORDS))

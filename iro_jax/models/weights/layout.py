@@ -15,7 +15,7 @@ import numpy as np
 from iro_jax.models.config import TransformerConfig
 from iro_jax.models.families import WeightNames
 
-Path = tuple[str | int, ...]
+ParamPath = tuple[str | int, ...]
 """A parameter's place in the tree, as in `("layers", 0, "mlp", "down", "kernel")`."""
 
 
@@ -46,7 +46,7 @@ class Piece:
         return np.ascontiguousarray(part.transpose(np.argsort(self.order)).reshape(self.shape))
 
 
-Layout = dict[Path, tuple[Piece, ...]]
+Layout = dict[ParamPath, tuple[Piece, ...]]
 
 
 def checkpoint_layout(config: TransformerConfig, names: WeightNames) -> Layout:
@@ -69,7 +69,7 @@ def tensor_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
 
 
 def _block(config: TransformerConfig, names: WeightNames, index: int) -> Layout:
-    place: Path = ("layers", index)
+    place: ParamPath = ("layers", index)
     prefix = names.layer.format(index)
     layout: Layout = {}
     norms = {
@@ -94,13 +94,14 @@ def _block(config: TransformerConfig, names: WeightNames, index: int) -> Layout:
     return layout
 
 
-def _qkv(path: Path, config: TransformerConfig, names: WeightNames, prefix: str) -> Layout:
+def _qkv(path: ParamPath, config: TransformerConfig, names: WeightNames, prefix: str) -> Layout:
     kv_heads, group, head_dim = config.num_kv_heads, config.group_size, config.head_dim
     if names.qkv is not None:
         if group != 1:
             raise ValueError(
                 f"Fused {names.qkv} is only known for one query head a key head. Got: {group}"
             )
+        sections: list[tuple[str, tuple[int, ...], int | slice]]
         sections = [(names.qkv, (kv_heads, 3, head_dim), slice(None))]
     else:
         sections = [
@@ -128,7 +129,7 @@ def _qkv(path: Path, config: TransformerConfig, names: WeightNames, prefix: str)
     }
 
 
-def _mlp(path: Path, config: TransformerConfig, names: WeightNames, prefix: str) -> Layout:
+def _mlp(path: ParamPath, config: TransformerConfig, names: WeightNames, prefix: str) -> Layout:
     branches = (names.gate, names.up) if config.gated_mlp else (names.up,)
     hidden, width = config.mlp_dim, config.embed_dim
     layout: Layout = {
@@ -148,12 +149,10 @@ def _mlp(path: Path, config: TransformerConfig, names: WeightNames, prefix: str)
             Piece(f"{prefix}{name}.bias", (hidden,), (hidden,), (0,), (branch,))
             for branch, name in enumerate(branches)
         )
-    return layout | _linear(
-        (*path, "down"), prefix + names.down, (hidden,), width, config.mlp_bias
-    )
+    return layout | _linear((*path, "down"), prefix + names.down, (hidden,), width, config.mlp_bias)
 
 
-def _linear(path: Path, name: str, inputs: tuple[int, ...], width: int, bias: bool) -> Layout:
+def _linear(path: ParamPath, name: str, inputs: tuple[int, ...], width: int, bias: bool) -> Layout:
     view = (width, *inputs)
     kernel = Piece(
         name=name + ".weight",
@@ -168,7 +167,7 @@ def _linear(path: Path, name: str, inputs: tuple[int, ...], width: int, bias: bo
     return layout
 
 
-def _norm(path: Path, name: str, size: int, kind: str) -> Layout:
+def _norm(path: ParamPath, name: str, size: int, kind: str) -> Layout:
     layout: Layout = {(*path, "scale"): (_same(name + ".weight", (size,)),)}
     if kind == "layer":
         layout[*path, "bias"] = (_same(name + ".bias", (size,)),)

@@ -30,7 +30,7 @@ from iro_jax.models.sharding import RULES, Rules
 from iro_jax.models.weights.checkpoint import Checkpoint, CheckpointError, id_set
 from iro_jax.models.weights.layout import (
     Layout,
-    Path as ParamPath,
+    ParamPath,
     Piece,
     checkpoint_layout,
     tensor_shapes,

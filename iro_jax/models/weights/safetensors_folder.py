@@ -83,7 +83,9 @@ class SafetensorsFolder:
         try:
             return AutoTokenizer.from_pretrained(self.origin, local_files_only=True)
         except Exception as error:
-            raise CheckpointError(f"{self.origin}: the tokenizer does not load ({error})") from error
+            raise CheckpointError(
+                f"{self.origin}: the tokenizer does not load ({error})"
+            ) from error
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:

