@@ -55,7 +55,7 @@ def partition_spec(
         divisible = name in mesh.shape and size % mesh.shape[name] == 0
         return name if divisible else None
 
-    return PartitionSpec(*map(mesh_axis, axes, shape, strict=True))
+    return PartitionSpec(*(mesh_axis(*pair) for pair in zip(axes, shape, strict=True)))
 
 
 def named_sharding(

