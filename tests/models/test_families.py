@@ -65,15 +65,16 @@ def test_prefill_and_decode_through_the_three_part_cache(variant, tmp_path):
         got = np.stack(steps, axis=3)
 
         candidates = [
-            [histories[p][u // SUCCESSORS] + new[p].reshape(-1, CHUNK)[u].tolist() for u in range(4)]
+            [
+                histories[p][u // SUCCESSORS] + new[p].reshape(-1, CHUNK)[u].tolist()
+                for u in range(4)
+            ]
             for p in range(len(prompts))
         ]
         for p, of_prompt in enumerate(candidates):
             expected = reference_logits(reference, of_prompt)
             want = np.stack([logits[-CHUNK:] for logits in expected])
-            np.testing.assert_allclose(
-                got[p].reshape(want.shape), want, atol=TOLERANCE, rtol=0
-            )
+            np.testing.assert_allclose(got[p].reshape(want.shape), want, atol=TOLERANCE, rtol=0)
         parents = rng.integers(0, BEAMS * SUCCESSORS, (len(prompts), BEAMS))
         cache = commit(cache, parents)
         histories = [[candidates[p][u] for u in row] for p, row in enumerate(parents)]
