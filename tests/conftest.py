@@ -1,11 +1,18 @@
 """Eight virtual CPU devices for every test, and what tests of real models share."""
 
 import importlib.util
+import tempfile
 
 import chex
+import jax
 import pytest
 
 chex.set_n_cpu_devices(8)
+
+# Many tests compile the same small programs; within one session each is compiled once.
+_COMPILED = tempfile.TemporaryDirectory(prefix="iro_jax-tests-")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_collection_modifyitems(items):

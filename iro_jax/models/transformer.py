@@ -33,7 +33,9 @@ _ACTIVATIONS = {
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape), axes=axes)
+    # Drawn flat: XLA on CPU compiles threefry ten times slower for four-dimensional shapes.
+    flat = jax.random.normal(rngs.params(), (math.prod(shape),))
+    return nnx.Param(0.02 * flat.reshape(shape), axes=axes)
 
 
 def _constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
