@@ -168,7 +168,7 @@ class DrawVariants(chex.TestCase):
 
     def test_shapes_are_checked(self):
         keys = jax.random.split(jax.random.key(0), 3)
-        with self.assertRaises(AssertionError):
+        with pytest.raises(AssertionError):
             draw(keys, jnp.zeros((2, 4)), Sampling())
-        with self.assertRaises(AssertionError):
+        with pytest.raises(AssertionError):
             draw(keys, jnp.zeros((3, 4)), Sampling(), noise=jnp.zeros((3, 5)))
