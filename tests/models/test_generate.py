@@ -179,7 +179,7 @@ def test_ids_without_embeddings(model):
     import dataclasses
 
     big = word_tokenizer([f"x{i}" for i in range(300)])
-    with pytest.raises(CheckpointError, match="does not fit.*vocab_size=64"):
+    with pytest.raises(CheckpointError, match=r"does not fit.*vocab_size=64"):
         check_tokenizer(big, 64, "here")
     sampler = Sampler(dataclasses.replace(model, tokenizer=big), max_new_tokens=8)
     with pytest.raises(ValueError, match=r"Prompt 0: .*below vocab_size=64. Got: 2"):

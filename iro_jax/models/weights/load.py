@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -246,12 +247,21 @@ def _load_parameter(
         indices[str(index)] = index
     for key, devices in shards.items():
         bounds = [s.indices(size)[:2] for s, size in zip(indices[key], shape, strict=True)]
-        block = np.empty([stop - start for start, stop in bounds], dtype)
+        block = _aligned_empty([stop - start for start, stop in bounds], dtype)
         for piece in pieces:
             _read_piece(checkpoint, piece, bounds, block)
         arrays += [jax.device_put(block, device) for device in devices]
         jax.block_until_ready(arrays)
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An array that a CPU device can take over as it is, without a second copy."""
+    alignment = 64
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + alignment, np.uint8)
+    offset = -memory.ctypes.data % alignment
+    return memory[offset : offset + size].view(dtype).reshape(shape)
 
 
 def _read_piece(
