@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from iro_jax.models import CheckpointError, Conversation, Sampler, Sampling, from_pretrained
 
@@ -28,6 +28,7 @@ DEFAULT_QUESTION = "What is the capital of France, and what is it known for?"
 
 
 def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     question = " ".join(argv[1:]) or DEFAULT_QUESTION
     start = time.perf_counter()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -19,9 +20,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_config(**changes) -> TransformerConfig:
+def tiny_config(**changes: Any) -> TransformerConfig:
     """Two layers of width 16 over 64 tokens; `changes` replace fields."""
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": 64,
         "embed_dim": 16,
         "mlp_dim": 32,
@@ -35,7 +36,7 @@ def tiny_config(**changes) -> TransformerConfig:
     return TransformerConfig(**(fields | changes))
 
 
-def tiny_network(**changes) -> Network:
+def tiny_network(**changes: Any) -> Network:
     """The network of `tiny_config`."""
     return Network(tiny_config(**changes))
 

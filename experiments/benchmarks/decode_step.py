@@ -17,7 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from jax import lax
 from jaxtyping import Array
 
@@ -123,6 +123,7 @@ def measure(network: Network, params: Params, sequences: int) -> tuple[float, fl
 
 def main(argv: list[str]) -> None:
     del argv
+    logging.set_verbosity(logging.WARNING)
     model = from_pretrained(_MODEL.value, dtype=_DTYPE.value)
     device = jax.devices()[0].device_kind
     print(f"{_MODEL.value}, {model.network.config.dtype}, {device}, JAX {jax.__version__}")

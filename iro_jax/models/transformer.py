@@ -12,7 +12,9 @@ Every parameter carries the logical names of its axes (see `iro_jax.models.shard
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +26,10 @@ from iro_jax.models.attention import attend
 from iro_jax.models.config import Activation, Layer, TransformerConfig
 from iro_jax.models.sharding import constrain
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
 
@@ -122,12 +124,16 @@ class Attention(nnx.Module):
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries = rope_lib.rotate(queries, *rope_tables)
         keys = rope_lib.rotate(keys, *rope_tables)
-        to_cache = lambda x: jnp.swapaxes(x[..., 0, :], -3, -2)  # noqa: E731
-        return queries * self.config.query_scale, to_cache(keys), to_cache(values)
+        queries *= self.config.query_scale
+        return queries, _cache_order(keys), _cache_order(values)
 
     def mix(self, queries: Array, parts: list[tuple[Array, Array, Array]]) -> Array:
         attended = attend(queries, parts, self.config.attention_softcap)
         return self.output(attended.astype(queries.dtype))
+
+
+def _cache_order(x: Float[Array, "*batch length kv_heads 1 H"]) -> Array:
+    return jnp.swapaxes(x[..., 0, :], -3, -2)
 
 
 class Mlp(nnx.Module):
