@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+VERSION = (ROOT / "iro_jax" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
 
 # Lower bounds are the oldest versions that the tests have passed with; upper bounds name
 # the next release line of packages that break their interfaces between lines.
@@ -45,6 +46,7 @@ EXTRAS_REQUIRE = {
         "hypothesis>=6.100",
         "mypy>=1.15",
         "pytest>=8.0",
+        "pytest-xdist>=3.6",
         "ruff>=0.12",
         "scipy>=1.13",
         "torch==2.13.0",
@@ -54,7 +56,7 @@ EXTRAS_REQUIRE = {
 
 setup(
     name="iro_jax",
-    version="0.1.0",
+    version=VERSION,
     description="Value-guided search that aligns a frozen language model at test time, in JAX",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -9,6 +9,9 @@ import pytest
 
 chex.set_n_cpu_devices(8)
 
+# Eight devices on few cores: programs that wait for each other must not be queued.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 # Many tests compile the same small programs; within one session each is compiled once.
 _COMPILED = tempfile.TemporaryDirectory(prefix="iro_jax-tests-")
 jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
