@@ -49,8 +49,9 @@ def test_pinned_set_satisfies_what_setup_declares():
 def test_kernels_is_not_taken_for_hugging_faces_package():
     """`transformers` looks for a package of that name, from wherever Python is started."""
     code = (
-        "import sys, transformers, transformers.integrations.hub_kernels as hub\n"
-        "assert not getattr(hub, '_kernels_available', False), 'taken for the other one'\n"
+        "import sys, transformers\n"
+        "from transformers.utils.import_utils import is_kernels_available\n"
+        "assert not is_kernels_available(), 'taken for the other one'\n"
         "import kernels\n"
         "assert not hasattr(kernels, '__version__')\n"
         "assert [n for n in vars(kernels) if not n.startswith('__')] == []\n"
@@ -59,6 +60,7 @@ def test_kernels_is_not_taken_for_hugging_faces_package():
         "    import torch\n"
         "except ImportError:\n"
         "    sys.exit()\n"
+        "import transformers.integrations.hub_kernels\n"
         "from transformers import LlamaForCausalLM\n"
         "sizes = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2)\n"
         "config = LlamaConfig(vocab_size=9, num_hidden_layers=1, **sizes)\n"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -28,18 +27,17 @@ from iro_jax.models.config import Head
 from iro_jax.models.families import family_of, translate_config
 from iro_jax.models.network import Network, Params
 from iro_jax.models.sharding import RULES, Rules
+from iro_jax.models.weights.assemble import load_parameter
 from iro_jax.models.weights.checkpoint import Checkpoint, CheckpointError, id_set
 from iro_jax.models.weights.layout import (
     Layout,
     ParamPath,
-    Piece,
     checkpoint_layout,
     tensor_shapes,
 )
 from iro_jax.models.weights.safetensors_folder import write_folder
 from iro_jax.models.weights.sources import open_checkpoint
 
-_BLOCK_BYTES = 64 * 2**20
 _PROGRESS_BYTES = 2**30
 
 # Tensors that some checkpoints carry and no network of ours needs.
@@ -222,98 +220,9 @@ def _load(
     loaded = {}
     with progress:
         for path, variable in abstract.items():
-            array = _load_parameter(
+            array = load_parameter(
                 checkpoint, layout[path], tuple(variable.shape), dtype, shardings[path]
             )
             loaded[path] = variable.replace(array)
             progress.update(array.nbytes)
     return nnx.from_flat_state(loaded)
-
-
-def _load_parameter(
-    checkpoint: Checkpoint,
-    pieces: tuple[Piece, ...],
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    sharding: Sharding,
-) -> jax.Array:
-    """Reads each distinct shard once and puts it on the devices that hold it."""
-    arrays = []
-    shards: dict[str, list[jax.Device]] = {}
-    indices = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        index = tuple(index or (slice(None),) * len(shape))
-        shards.setdefault(str(index), []).append(device)
-        indices[str(index)] = index
-    for key, devices in shards.items():
-        bounds = [s.indices(size)[:2] for s, size in zip(indices[key], shape, strict=True)]
-        block = _aligned_empty([stop - start for start, stop in bounds], dtype)
-        for piece in pieces:
-            _read_piece(checkpoint, piece, bounds, block)
-        arrays += [jax.device_put(block, device) for device in devices]
-        jax.block_until_ready(arrays)
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """An array that a CPU device can take over as it is, without a second copy."""
-    alignment = 64
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + alignment, np.uint8)
-    offset = -memory.ctypes.data % alignment
-    return memory[offset : offset + size].view(dtype).reshape(shape)
-
-
-def _read_piece(
-    checkpoint: Checkpoint, piece: Piece, bounds: list[tuple[int, int]], out: np.ndarray
-) -> None:
-    """Copies the part of a tensor that lies within a parameter's `bounds` into `out`."""
-    kept = [axis for axis in range(out.ndim) if not _is_integer(piece.slot, axis)]
-    target = out[piece.slot]
-    view_bounds = [(0, size) for size in piece.view]
-    for parameter_axis, view_axis in zip(kept, piece.order, strict=True):
-        if not _is_section(piece.slot, parameter_axis):
-            view_bounds[view_axis] = bounds[parameter_axis]
-
-    leading = piece.view[0]
-    rows_each = piece.shape[0] // leading
-    row_bytes = max(1, int(np.prod(piece.shape[1:])) * rows_each * 4)
-    step = max(1, _BLOCK_BYTES // row_bytes)
-    start, stop = view_bounds[0]
-    leading_axis = piece.order.index(0)
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        rows = slice(first * rows_each, last * rows_each)
-        # Only the first axis of the view is cut while reading rows; the others below.
-        columns, inner = _columns(piece, view_bounds)
-        tensor = checkpoint.read(piece.name, (rows, *columns))
-        part = tensor.reshape(last - first, *inner).transpose(piece.order)
-        place = [slice(None)] * part.ndim
-        place[leading_axis] = slice(first - start, last - start)
-        target[tuple(place)] = part
-
-
-def _columns(
-    piece: Piece, view_bounds: list[tuple[int, int]]
-) -> tuple[tuple[slice, ...], list[int]]:
-    """Column slices of the tensor, and the sizes of the view's axes after the first."""
-    inner = [stop - start for start, stop in view_bounds[1:]]
-    if len(piece.shape) == 1:
-        return (), inner
-    # The axes of the view that make up the tensor's columns are the trailing ones.
-    split = len(piece.view)
-    size = 1
-    while size < piece.shape[1]:
-        split -= 1
-        size *= piece.view[split]
-    stride = piece.shape[1] // piece.view[split]
-    start, stop = view_bounds[split]
-    return (slice(start * stride, stop * stride),), inner
-
-
-def _is_integer(slot: tuple[int | slice, ...], axis: int) -> bool:
-    return axis < len(slot) and isinstance(slot[axis], int)
-
-
-def _is_section(slot: tuple[int | slice, ...], axis: int) -> bool:
-    return axis < len(slot) and slot[axis] != slice(None)
