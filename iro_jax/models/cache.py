@@ -14,7 +14,9 @@ that token's position in its sequence; empty slots and padding have position -1:
     beams.positions      4  5 -1 -1  6  7 -1     chunks of 4 slots; the first ended early
     chunk.positions      8  9 -1 -1              two tokens of the chunk are written
 
-Positions alone decide what is visible, so padding may stand anywhere and sliding windows
+Keys and values are stored without their axes of size one (`pack` and `unpack`): XLA on CPU
+cannot update an array in place that it also reads through a reshape, and it drops such axes by
+one. Positions alone decide what is visible, so padding may stand anywhere and sliding windows
 need no special case. Slots fill in step: `cursor`, the next free slot, is one number for
 all sequences of a part.
 """
@@ -22,11 +24,13 @@ all sequences of a part.
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from iro_jax.models.config import TransformerConfig
@@ -41,15 +45,15 @@ class CachePart:
     """Keys and values of the tokens in one part; `lead` is `[P]`, `[P, K]` or `[P, K, B]`.
 
     Attributes:
-      keys: one array a layer, `[*lead, kv_heads, slots, head_dim]`, already rotated.
+      keys: one array a layer, already rotated, `[*lead, kv_heads, slots, head_dim]` packed.
       values: like `keys`.
       positions: position of each slot's token, or -1, `[*lead, slots]`.
       lengths: number of tokens held, `[*lead]`.
       cursor: the next free slot, a scalar.
     """
 
-    keys: tuple[Float[Array, "*lead kv_heads slots head_dim"], ...]
-    values: tuple[Float[Array, "*lead kv_heads slots head_dim"], ...]
+    keys: tuple[Float[Array, "*packed slots head_dim"], ...]
+    values: tuple[Float[Array, "*packed slots head_dim"], ...]
     positions: Int[Array, "*lead slots"]
     lengths: Int[Array, "*lead"]
     cursor: Int[Array, ""]
@@ -59,7 +63,7 @@ class CachePart:
         shape = (*lead, config.num_kv_heads, slots, config.head_dim)
 
         def zeros():
-            return tuple(jnp.zeros(shape, config.dtype) for _ in config.layers)
+            return tuple(pack(jnp.zeros(shape, config.dtype)) for _ in config.layers)
 
         return cls(
             keys=zeros(),
@@ -73,18 +77,29 @@ class CachePart:
     def slots(self) -> int:
         return self.positions.shape[-1]
 
+    def unpack(self, stored: Array) -> Float[Array, "*lead kv_heads slots head_dim"]:
+        """One layer's keys or values with all of their axes."""
+        lead, (slots, head_dim) = self.lengths.shape, stored.shape[-2:]
+        kv_heads = math.prod(stored.shape[:-2]) // math.prod(lead)
+        return stored.reshape(*lead, kv_heads, slots, head_dim)
+
     def shardings(self, mesh: Mesh, rules: Rules = RULES) -> CachePart:
         """The same structure with a `NamedSharding` for every array (or abstract array)."""
-        lead = ("batch",) + (None,) * (self.lengths.ndim - 1)
+        lead = self.lengths.shape
+        axes = ("batch",) + (None,) * (len(lead) - 1)
 
-        def sharding(x: Array) -> NamedSharding:
-            if x.ndim == 0:
-                return NamedSharding(mesh, PartitionSpec())
-            rest = x.ndim - len(lead)
-            trailing = ("kv_heads", None, None) if rest == 3 else (None,) * rest
-            return named_sharding((*lead, *trailing), x.shape, mesh, rules)
+        def plain(x: Array) -> NamedSharding:
+            names = (*axes, None)[: x.ndim]
+            return named_sharding(names, x.shape, mesh, rules)
 
-        return jax.tree.map(sharding, self)
+        def packed(x: Array) -> NamedSharding:
+            kept = [name for name, size in zip(axes, lead, strict=True) if size > 1]
+            heads = ["kv_heads"] * (x.ndim - 2 - len(kept))
+            return named_sharding((*kept, *heads, None, None), x.shape, mesh, rules)
+
+        keys, values = jax.tree.map(packed, (self.keys, self.values))
+        rest = jax.tree.map(plain, (self.positions, self.lengths, self.cursor))
+        return CachePart(keys, values, *rest)
 
 
 @jax.tree_util.register_dataclass
@@ -139,6 +154,12 @@ class Cache:
         traced).
         """
         num_prompts, width, successors = self.chunk.lengths.shape
+        chex.assert_shape(parents, (num_prompts, width))
+        if self.beams.slots < self.chunk.slots:
+            raise ValueError(
+                "The beams have no room for a chunk: beam_slots must be at least chunk_length."
+                f" Got: {self.beams.slots} and {self.chunk.slots}"
+            )
         beam_parents = parents // successors
 
         def select_beams(x):
@@ -152,15 +173,15 @@ class Cache:
                 select_beams(beams), select_chunks(chunk), self.beams.cursor, axis
             )
 
+        def extend_layers(beams, chunks):
+            unpacked = zip(
+                map(self.beams.unpack, beams), map(self.chunk.unpack, chunks), strict=True
+            )
+            return tuple(pack(extend(beam, chunk, -2)) for beam, chunk in unpacked)
+
         beams = CachePart(
-            keys=tuple(
-                extend(old, new, -2)
-                for old, new in zip(self.beams.keys, self.chunk.keys, strict=True)
-            ),
-            values=tuple(
-                extend(old, new, -2)
-                for old, new in zip(self.beams.values, self.chunk.values, strict=True)
-            ),
+            keys=extend_layers(self.beams.keys, self.chunk.keys),
+            values=extend_layers(self.beams.values, self.chunk.values),
             positions=extend(self.beams.positions, self.chunk.positions, -1),
             lengths=select_beams(self.beams.lengths) + select_chunks(self.chunk.lengths),
             cursor=self.beams.cursor + self.chunk.slots,
@@ -172,6 +193,11 @@ class Cache:
             cursor=jnp.zeros_like(self.chunk.cursor),
         )
         return Cache(prompt=self.prompt, beams=beams, chunk=chunk)
+
+
+def pack(x: Float[Array, "*lead kv_heads slots head_dim"]) -> Array:
+    """Keys or values as they are stored: without leading axes of size one."""
+    return x.reshape(*(size for size in x.shape[:-2] if size > 1), *x.shape[-2:])
 
 
 def take(x: Array, indices: Int[Array, "P K"]) -> Array:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from iro_jax.models import rope as rope_lib
-from iro_jax.models.cache import EMPTY, Cache, CachePart, visible
+from iro_jax.models.cache import EMPTY, Cache, CachePart, pack, visible
 from iro_jax.models.config import TransformerConfig
 from iro_jax.models.sharding import RULES, Rules, named_sharding
 from iro_jax.models.transformer import Transformer
@@ -158,6 +158,10 @@ class Network:
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         _check_tokens(tokens, mask, rank=4)
         chex.assert_shape(tokens, (*cache.chunk.lengths.shape, None))
+        if tokens.shape[-1] > cache.chunk.slots:
+            raise ValueError(
+                f"The chunk has {cache.chunk.slots} slots. Got: {tokens.shape[-1]} tokens at once"
+            )
         positions = _positions(mask, cache.next_positions())
         context = tuple(part for part in (cache.prompt, cache.beams) if part.slots)
         module = self._module(params)
@@ -232,15 +236,23 @@ def _apply(
         for window in {layer.window for layer in config.layers}
     }
 
-    new_keys, new_values = [], []
+    new_keys: list[Array] = []
+    new_values: list[Array] = []
+
+    def write(stored, new):
+        return lax.dynamic_update_slice_in_dim(stored, pack(new), cursor, axis=-2)
 
     def remember(index, window, keys, values):
-        if own is not None:
-            keys = lax.dynamic_update_slice_in_dim(own.keys[index], keys, cursor, axis=-2)
-            values = lax.dynamic_update_slice_in_dim(own.values[index], values, cursor, axis=-2)
-        new_keys.append(keys)
-        new_values.append(values)
-        stored = [(part.keys[index], part.values[index]) for part in context]
+        if own is None:
+            new_keys.append(pack(keys))
+            new_values.append(pack(values))
+        else:
+            new_keys.append(write(own.keys[index], keys))
+            new_values.append(write(own.values[index], values))
+            keys, values = own.unpack(new_keys[-1]), own.unpack(new_values[-1])
+        stored = [
+            (part.unpack(part.keys[index]), part.unpack(part.values[index])) for part in context
+        ]
         pairs = zip([*stored, (keys, values)], masks[window], strict=True)
         return [(k, v, seen) for (k, v), seen in pairs]
 

@@ -29,13 +29,15 @@ class TextFormat:
     """How `render` treats every conversation.
 
     Attributes:
-      max_length: most tokens that may come out; None for no limit.
-      truncation: what to do with more. `error` raises; `left` drops the oldest tokens and
-        `right` the newest. A raw prompt keeps its BOS. A conversation keeps its template
-        whole: text is taken from the messages (the system's excepted) from the oldest on,
-        or from the newest back.
+      max_length: most tokens a prompt may have, its answer not counted, so that a prompt is
+        the same with and without its answer; None for no limit.
+      truncation: what to do with more. `error` raises. `left` drops the oldest tokens, `right`
+        the newest. A raw prompt keeps its BOS. A conversation keeps its template whole: `left`
+        takes text from the messages (the system's excepted) from the oldest on, `right` from
+        the end of the last message.
       bos: `auto` follows the template for conversations and the tokenizer for raw prompts;
-        `always` and `never` override both. There is never more than one.
+        `always` adds one where there is none; `never` takes one away (but not the token with
+        which a template begins every turn). There is never more than one.
     """
 
     max_length: int | None = None
@@ -57,7 +59,7 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     conversation: Conversation,
     *,
-    answer: str | None = None,
+    answer: str | Sequence[int] | None = None,
     finished: bool = True,
     text_format: TextFormat = TextFormat(),
 ) -> Int[np.ndarray, " length"]:
@@ -71,8 +73,8 @@ def render(
     Args:
       tokenizer: of the model that will read the tokens.
       conversation: a raw prompt, or messages.
-      answer: the assistant's answer.
-      finished: whether the answer ended by itself; one cut short gets no end token.
+      answer: the assistant's answer: text, or the very tokens that were sampled.
+      finished: whether the answer, if text, ended by itself; one cut short gets no end token.
       text_format: length limit and BOS rule.
 
     Returns:
@@ -88,22 +90,18 @@ def render(
             raise ValueError("The conversation has an answer already. Got: another one")
         answer, messages = messages[-1]["content"], _check_messages(messages[:-1])
 
+    if messages is None:
+        assert isinstance(conversation, str)
+        prompt_ids = _render_raw(tokenizer, conversation, text_format)
+    else:
+        prompt_ids = _render_chat(tokenizer, messages, text_format)
     answer_ids: list[int] = []
-    if answer is not None:
+    if isinstance(answer, str):
         answer_ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
         if finished:
             answer_ids.append(end_of_turn(tokenizer, chat=messages is not None))
-    limit = text_format.max_length
-    prompt_limit = None if limit is None else limit - len(answer_ids)
-    if prompt_limit is not None and prompt_limit < 1:
-        raise ValueError(
-            f"The answer alone is longer than max_length={limit}. Got: {len(answer_ids)} tokens"
-        )
-    if messages is None:
-        assert isinstance(conversation, str)
-        prompt_ids = _render_raw(tokenizer, conversation, prompt_limit, text_format)
-    else:
-        prompt_ids = _render_chat(tokenizer, messages, prompt_limit, text_format)
+    elif answer is not None:
+        answer_ids = [int(token) for token in answer]
     return np.asarray(prompt_ids + answer_ids, np.int32)
 
 
@@ -117,7 +115,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> int:
         marker = "answer"
         turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
         closing = _apply_template(tokenizer, turn, generate=False).rpartition(marker)[2]
-        special = set(tokenizer.all_special_ids)
+        added = tokenizer.added_tokens_decoder.items()
+        special = {token for token, entry in added if entry.special}
+        special.update(tokenizer.all_special_ids)
         for token in tokenizer(closing, add_special_tokens=False)["input_ids"]:
             if token in special:
                 return token
@@ -188,7 +188,7 @@ def check_ids(ids: Int[np.ndarray, " length"], vocab_size: int) -> None:
     Raises:
       ValueError: one has not.
     """
-    if len(ids) and int(ids.max()) >= vocab_size:
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
             f"The tokenizer does not fit the network: token ids must be below"
             f" vocab_size={vocab_size}. Got: {int(ids.max())}"
@@ -196,6 +196,8 @@ def check_ids(ids: Int[np.ndarray, " length"], vocab_size: int) -> None:
 
 
 def _check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    if not isinstance(messages, Sequence):
+        raise ValueError(f"A prompt is text or a list of messages. Got: {type(messages).__name__}")
     if not messages:
         raise ValueError("The prompt is empty: it has no messages")
     for index, message in enumerate(messages):
@@ -206,23 +208,24 @@ def _check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
             raise ValueError(
                 f"Message {index} must have a role and a content, both text. Got: {message!r}"
             )
-    if messages[-1]["role"] == "user" and not messages[-1]["content"]:
+    if not messages[-1]["content"].strip() and messages[-1]["role"] != "assistant":
         raise ValueError("The prompt is empty: its last message has no content")
     return [dict(message) for message in messages]
 
 
 def _render_raw(
-    tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None, text_format: TextFormat
+    tokenizer: PreTrainedTokenizerBase, text: str, text_format: TextFormat
 ) -> list[int]:
-    if not text:
-        raise ValueError("The prompt is empty. Got: ''")
     ids = list(tokenizer(text)["input_ids"])
+    if not text or not tokenizer(text, add_special_tokens=False)["input_ids"]:
+        raise ValueError(f"The prompt is empty: it has no tokens. Got: {text!r}")
     if tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
         # Some tokenizers close what they take for a whole text; a prompt goes on.
         bare = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not bare or bare[-1] != tokenizer.eos_token_id:
             ids.pop()
     ids = _with_bos_rule(tokenizer, ids, text_format)
+    limit = text_format.max_length
     if limit is None or len(ids) <= limit:
         return ids
     if text_format.truncation == "error":
@@ -237,7 +240,6 @@ def _render_raw(
 def _render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, str]],
-    limit: int | None,
     text_format: TextFormat,
 ) -> list[int]:
     def tokens() -> list[int]:
@@ -246,14 +248,14 @@ def _render_chat(
         return _with_bos_rule(tokenizer, ids, text_format)
 
     ids = tokens()
-    full_length = len(ids)
+    limit, full_length = text_format.max_length, len(ids)
     if limit is None or full_length <= limit:
         return ids
     if text_format.truncation == "error":
         raise _too_long(full_length, limit)
     order = [i for i, message in enumerate(messages) if message["role"] != "system"]
     if text_format.truncation == "right":
-        order.reverse()
+        order = [len(messages) - 1]
     for index in order:
         while len(ids) > limit and messages[index]["content"]:
             shorter = _cut(
@@ -265,8 +267,8 @@ def _render_chat(
             break
     if len(ids) > limit or not messages[-1]["content"]:
         raise ValueError(
-            f"max_length leaves no room for the last message beside the chat template."
-            f" Got: {limit} tokens"
+            f"max_length={limit} leaves no room for the last message beside the chat template"
+            f" (and, truncating on the right, the messages before it). Got: {full_length} tokens"
         )
     return ids
 
@@ -313,7 +315,7 @@ def _with_bos_rule(
         body.pop(0)
     if text_format.bos == "always" and (not body or body[0] != bos):
         return [bos, *body]
-    if text_format.bos == "never" and body and body[0] == bos:
+    if text_format.bos == "never" and body[:1] == [bos] and body.count(bos) == 1:
         return body[1:]
     return body
 

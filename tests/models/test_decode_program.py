@@ -9,15 +9,14 @@ from jax import lax
 
 from iro_jax.testing import tiny_network
 
-SIZES = {
-    "num_prompts": 3,
-    "prompt_slots": 32,
-    "beam_width": 4,
-    "beam_slots": 48,
-    "num_successors": 4,
-    "chunk_length": 16,
+SHAPES = {
+    "search": (3, 4, 4, 2),
+    "one prompt": (1, 4, 4, 2),
+    "one beam": (3, 1, 4, 2),
+    "one successor": (3, 4, 1, 2),
+    "one key head": (3, 4, 4, 1),
+    "one of everything": (1, 1, 1, 1),
 }
-TOKENS = jax.ShapeDtypeStruct((3, 4, 4, 1), jnp.int32)
 
 
 def one_step(network):
@@ -36,13 +35,29 @@ def whole_chunk(network):
     return chunk
 
 
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request):
+    return SHAPES[request.param]
+
+
 @pytest.fixture(scope="module", params=[one_step, whole_chunk], ids=lambda f: f.__name__)
-def program(request):
+def program(request, shape):
     """The optimised program with the cache donated, and the cache's shapes."""
-    network = tiny_network()
-    cache = jax.eval_shape(lambda: network.empty_cache(**SIZES))
+    num_prompts, beam_width, num_successors, kv_heads = shape
+    network = tiny_network(num_kv_heads=kv_heads)
+    cache = jax.eval_shape(
+        lambda: network.empty_cache(
+            num_prompts=num_prompts,
+            prompt_slots=32,
+            beam_width=beam_width,
+            beam_slots=48,
+            num_successors=num_successors,
+            chunk_length=16,
+        )
+    )
+    tokens = jax.ShapeDtypeStruct((*shape[:3], 1), jnp.int32)
     jitted = jax.jit(request.param(network), donate_argnums=1)
-    return jitted.lower(network.abstract_params(), cache, TOKENS).compile(), cache
+    return jitted.lower(network.abstract_params(), cache, tokens).compile(), cache
 
 
 def test_no_cache_is_copied(program):

@@ -93,13 +93,44 @@ def test_truncation_takes_old_text_first_and_spares_the_system():
     assert "assistant d </turn>" in left
     assert "e f" in left
     right = words(PLAIN, talk, text_format=TextFormat(max_length=21, truncation="right"))
+    assert "a b" in right
     assert right.endswith("user e </turn> <turn> assistant")
 
 
-def test_the_answer_counts_towards_the_limit():
-    limit = TextFormat(max_length=9, truncation="left")
-    text = words(PLAIN, [user("a b c")], answer="x y", text_format=limit)
-    assert text == "<turn> user c </turn> <turn> assistant x y </turn>"
+def test_a_prompt_is_cut_the_same_with_and_without_its_answer():
+    limit = TextFormat(max_length=6, truncation="left")
+    prompt = words(PLAIN, [user("a b c")], text_format=limit)
+    assert prompt == "<turn> user c </turn> <turn> assistant"
+    assert words(PLAIN, [user("a b c")], answer="x y", text_format=limit) == f"{prompt} x y </turn>"
+
+
+def test_a_sampled_answer_is_taken_as_it_is():
+    sampled = render(PLAIN, "x y z")
+    whole = render(PLAIN, [user("a")], answer=sampled.tolist())
+    np.testing.assert_array_equal(whole, [*render(PLAIN, [user("a")]), *sampled])
+
+
+def test_the_end_of_a_turn_is_found_after_a_round_trip(tmp_path):
+    """Published tokenizers mark it special only where added tokens are listed."""
+    import json
+
+    import transformers
+
+    PLAIN.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    for field in ("additional_special_tokens", "extra_special_tokens"):
+        settings.pop(field, None)
+    path.write_text(json.dumps(settings))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert words(tokenizer, [user("a")], answer="b").endswith("b </turn>")
+
+
+def test_bos_that_begins_every_turn_belongs_to_the_template():
+    tokenizer = word_tokenizer(WORDS, bos=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<turn>", "<bos>")
+    never = words(tokenizer, [user("a")], text_format=TextFormat(bos="never"))
+    assert never == "<bos> user a </turn> <bos> assistant"
 
 
 @hypothesis.given(
@@ -118,6 +149,14 @@ def test_truncated_conversations_fit_exactly(content, limit, truncation):
     ("conversation", "options", "message"),
     [
         ("", {}, "The prompt is empty"),
+        (" ", {}, "The prompt is empty: it has no tokens"),
+        (iter([user("a")]), {}, "A prompt is text or a list of messages"),
+        ([user(" ")], {}, "its last message has no content"),
+        (
+            [user("a b c d"), user("e f")],
+            {"text_format": TextFormat(max_length=10, truncation="right")},
+            "no room for the last message",
+        ),
         ([], {}, "The prompt is empty: it has no messages"),
         ([user("")], {}, "its last message has no content"),
         ([{"role": "user"}], {}, "Message 0 must have a role and a content"),
@@ -131,7 +170,6 @@ def test_truncated_conversations_fit_exactly(content, limit, truncation):
             "no room for the last message",
         ),
         ([user("a"), assistant("b")], {"answer": "c"}, "has an answer already"),
-        ("a", {"answer": "b c d", "text_format": TextFormat(max_length=3)}, "answer alone"),
     ],
 )
 def test_errors(conversation, options, message):
