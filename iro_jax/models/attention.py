@@ -121,18 +121,23 @@ def attend(
         )
 
     masks = [visible for _, _, visible in parts]
-    length = queries.shape[-4]
-    if length <= _QUERY_BLOCK or length % _QUERY_BLOCK:
+    lead = queries.ndim - 4
+    length = queries.shape[lead]
+    if length <= _QUERY_BLOCK:
         return attend_block(queries, masks)
+    count = -(-length // _QUERY_BLOCK)
 
     def to_blocks(x, axis):
-        blocks = (length // _QUERY_BLOCK, _QUERY_BLOCK)
-        x = x.reshape(*x.shape[:axis], *blocks, *x.shape[axis + 1 :])
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, count * _QUERY_BLOCK - length)
+        x = jnp.pad(x, padding)
+        x = x.reshape(*x.shape[:axis], count, _QUERY_BLOCK, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    lead = queries.ndim - 4
     blocks = lax.map(
         lambda block: attend_block(*block),
         (to_blocks(queries, lead), [to_blocks(mask, lead) for mask in masks]),
     )
-    return jnp.moveaxis(blocks, 0, lead).reshape(queries.shape)
+    joined = jnp.moveaxis(blocks, 0, lead)
+    joined = joined.reshape(*queries.shape[:lead], count * _QUERY_BLOCK, *queries.shape[lead + 1 :])
+    return lax.slice_in_dim(joined, 0, length, axis=lead)

@@ -9,7 +9,7 @@ a static argument of `jax.jit`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from iro_jax.models.rope import Rope
 
@@ -97,8 +97,14 @@ class TransformerConfig:
             )
         if not self.layers:
             raise ValueError("A network needs at least one layer. Got: layers=()")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16'. Got: {self.dtype!r}")
+        for name, choices in (
+            ("dtype", ("float32", "bfloat16")),
+            ("head", get_args(Head)),
+            ("norm", get_args(Norm)),
+            ("activation", get_args(Activation)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}. Got: {getattr(self, name)!r}")
 
     @property
     def num_layers(self) -> int:

@@ -200,12 +200,14 @@ class Sampler:
         batch_size: int = 8,
         text_format: TextFormat = TextFormat(),
     ):
+        if model.network.config.head != "logits":
+            raise ValueError(f"{model.origin}: a reward model cannot answer. Got: head='score'")
         if model.tokenizer is None:
             raise ValueError(f"{model.origin}: there is no tokenizer to read prompts with")
         room = model.network.config.context_length - max_new_tokens
-        if room < 1 or batch_size < 1:
+        if room < 1 or max_new_tokens < 1 or batch_size < 1:
             raise ValueError(
-                "max_new_tokens must leave room for a prompt in the context of"
+                "max_new_tokens must be at least 1 and leave room for a prompt in the context of"
                 f" {model.network.config.context_length} tokens, and batch_size must be at least"
                 f" 1. Got: max_new_tokens={max_new_tokens}, batch_size={batch_size}"
             )
@@ -245,7 +247,9 @@ class Sampler:
         Raises:
           ValueError: a prompt is empty or too long; nothing has been sampled then.
         """
-        names = [str(i) for i in range(len(prompts))] if prompt_ids is None else prompt_ids
+        if isinstance(prompts, str):
+            raise ValueError("Expected a list of prompts. Got: one text")
+        names = [str(name) for name in (range(len(prompts)) if prompt_ids is None else prompt_ids)]
         if len(names) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts have {len(names)} prompt_ids")
         rendered = [self._render(index, prompt) for index, prompt in enumerate(prompts)]

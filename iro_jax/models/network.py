@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import chex
 import jax
@@ -175,6 +175,8 @@ class Network:
         self, module: Transformer, hidden: Array, want: tuple[Want, ...] | None
     ) -> Outputs:
         want = (self.config.head,) if want is None else want
+        if not want or set(want) - set(get_args(Want)):
+            raise ValueError(f"want must be some of {get_args(Want)}. Got: {want}")
         return Outputs(
             logits=module.logits(hidden) if "logits" in want else None,
             hidden=hidden if "hidden" in want else None,

@@ -26,7 +26,8 @@ class Sampling:
     Attributes:
       temperature: divides the logits; 0 takes the most likely token.
       top_k: keeps the k most likely tokens (ties towards the lower id); None keeps all.
-      top_p: then keeps the most likely tokens whose predecessors' mass is below top_p.
+      top_p: then keeps the most likely tokens whose predecessors' mass is below top_p (ties
+        towards the lower id).
     """
 
     temperature: float = 1.0
@@ -34,8 +35,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and >= 0. Got: {self.temperature}")
+        if self.temperature != 0 and not 1e-4 <= self.temperature < float("inf"):
+            raise ValueError(
+                "temperature must be 0 (greedy) or finite and at least 1e-4."
+                f" Got: {self.temperature}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be None or at least 1. Got: {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -147,9 +151,10 @@ def gumbel_noise(
 def _nucleus(logits: Float[Array, "*batch V"], top_p: float) -> Float[Array, "*batch V"]:
     """Top-p over the whole vocabulary, by bisection instead of a sort.
 
-    A token stays if the mass of strictly more likely tokens is below top_p. That mass falls
-    as the token's probability rises, and non-negative floats are ordered like their bits, so
-    31 halvings of the bit pattern find the exact threshold.
+    The mass of strictly more likely tokens falls as a token's probability rises, and
+    non-negative floats are ordered like their bits, so 31 halvings of the bit pattern find the
+    least probability for which it is below top_p. Of the tokens that have just this
+    probability, those of the lowest ids stay that the mass still has room for.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
     bits = lax.bitcast_convert_type(probabilities, jnp.int32)
@@ -166,8 +171,12 @@ def _nucleus(logits: Float[Array, "*batch V"], top_p: float) -> Float[Array, "*b
     bounds = (jnp.zeros(shape, jnp.int32), jnp.full(shape, one, jnp.int32))
     threshold, _ = lax.fori_loop(0, 31, halve, bounds)
     # Rounding may leave no token at or above the threshold's bits; the most likely one stays.
-    likeliest = jnp.max(bits, axis=-1, keepdims=True)
-    return jnp.where(bits >= jnp.minimum(threshold, likeliest), logits, -jnp.inf)
+    threshold = jnp.minimum(threshold, jnp.max(bits, axis=-1, keepdims=True))
+    above = jnp.sum(jnp.where(bits > threshold, probabilities, 0.0), axis=-1, keepdims=True)
+    tied = bits == threshold
+    earlier = jnp.cumsum(tied, axis=-1) - 1
+    fits = above + earlier * probabilities < top_p
+    return jnp.where((bits > threshold) | (tied & fits), logits, -jnp.inf)
 
 
 def _argmax(x: Float[Array, "*batch n"]) -> Int[Array, "*batch"]:

@@ -64,13 +64,20 @@ def named_sharding(
     return NamedSharding(mesh, partition_spec(axes, shape, mesh, rules))
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins `x` to the layout of its logical axes on the mesh of `jax.set_mesh`, if any.
+def spread_batch(x: jax.Array) -> jax.Array:
+    """Pins the leading axis to `data` on the mesh of `jax.set_mesh`, if there is one.
 
-    Leading dimensions beyond those named are one batch axis followed by unsplit ones.
+    The other axes follow from how the weights are split, so that networks with other rules
+    can share a program. Inside `jax.shard_map` the caller has placed everything already.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    automatic = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    ]
+    axis = RULES["batch"]
+    if axis not in automatic or x.shape[0] % mesh.shape[axis]:
         return x
-    leading = ("batch",) + (None,) * (x.ndim - len(axes) - 1)
-    return jax.lax.with_sharding_constraint(x, partition_spec((*leading, *axes), x.shape, mesh))
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axis, *rest))

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from iro_jax.models import rope as rope_lib
 from iro_jax.models.attention import attend
 from iro_jax.models.config import Activation, Layer, TransformerConfig
-from iro_jax.models.sharding import constrain
+from iro_jax.models.sharding import spread_batch
 
 _ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -118,8 +118,7 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Queries `[*batch, length, kv_heads, group, H]`, keys and values in cache order."""
         group = self.config.group_size
-        qkv = constrain(self.qkv(x), "kv_heads", None, None)
-        queries, keys, values = jnp.split(qkv, (group, group + 1), axis=-2)
+        queries, keys, values = jnp.split(self.qkv(x), (group, group + 1), axis=-2)
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries = rope_lib.rotate(queries, *rope_tables)
@@ -154,7 +153,7 @@ class Mlp(nnx.Module):
         )
 
     def __call__(self, x: Array) -> Array:
-        branches = constrain(self.up(x), None, "mlp")
+        branches = self.up(x)
         hidden = _ACTIVATIONS[self.activation](branches[..., 0, :])
         if branches.shape[-2] == 2:
             hidden *= branches[..., 1, :]
@@ -216,10 +215,12 @@ class Transformer(nnx.Module):
         x = self.embedding[...][tokens].astype(dtype)
         if self.config.scale_embeddings:
             x *= jnp.asarray(math.sqrt(self.config.embed_dim), dtype)
-        return constrain(x, None)
+        return spread_batch(x)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits over the vocabulary, f32, from final hidden states."""
+        if self.score_head is not None:
+            raise ValueError("This network has no language-model head. Got: config.head='score'")
         table = self.embedding if self.unembedding is None else self.unembedding
         logits = jnp.einsum(
             "...d,vd->...v",
@@ -230,7 +231,7 @@ class Transformer(nnx.Module):
         cap = self.config.logit_softcap
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)
-        return constrain(logits, "vocab")
+        return spread_batch(logits)
 
     def score(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
         """The scalar head's value, f32, from final hidden states."""

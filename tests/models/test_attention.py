@@ -74,8 +74,9 @@ def test_long_queries_are_read_in_blocks(monkeypatch):
     keys, values = rng.normal(size=(2, P, KV, 12, D)).astype(np.float32)
     seen = np.tril(np.ones((12, 12), bool))[None].repeat(P, 0)
     whole = attend(queries, [(keys, values, seen)])
-    monkeypatch.setattr(attention, "_QUERY_BLOCK", 4)
-    np.testing.assert_allclose(attend(queries, [(keys, values, seen)]), whole, atol=1e-6)
+    for block in (4, 5, 11):
+        monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
+        np.testing.assert_allclose(attend(queries, [(keys, values, seen)]), whole, atol=1e-6)
 
 
 class Visibility(chex.TestCase):

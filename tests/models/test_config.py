@@ -12,7 +12,10 @@ from iro_jax.testing import tiny_config
         ({"num_heads": 0}, "num_heads must be at least 1. Got: 0"),
         ({"num_kv_heads": 3}, "must divide num_heads. Got: num_heads=4, num_kv_heads=3"),
         ({"layers": ()}, "at least one layer"),
-        ({"dtype": "float16"}, "dtype must be 'float32' or 'bfloat16'. Got: 'float16'"),
+        ({"dtype": "float16"}, r"dtype must be one of \('float32', 'bfloat16'\). Got: 'float16'"),
+        ({"head": "reward"}, r"head must be one of \('logits', 'score'\). Got: 'reward'"),
+        ({"norm": "batch"}, "norm must be one of .*Got: 'batch'"),
+        ({"activation": "tanh"}, "activation must be one of .*Got: 'tanh'"),
     ],
 )
 def test_impossible_networks(changes, message):

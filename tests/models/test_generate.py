@@ -169,7 +169,21 @@ def test_long_prompts_can_be_cut(model):
     assert len(sampler(["w1 " * 500])[0][0].tokens) > 0
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 128}, {"batch_size": 0}])
+def test_a_reward_model_cannot_answer(model):
+    import dataclasses
+
+    with pytest.raises(ValueError, match="a reward model cannot answer"):
+        Sampler(dataclasses.replace(model, network=tiny_network(head="score")))
+
+
+def test_one_text_is_not_a_list_of_prompts(model):
+    with pytest.raises(ValueError, match="Expected a list of prompts"):
+        Sampler(model, max_new_tokens=8)("w1 w2")
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 128}, {"max_new_tokens": 0}, {"batch_size": 0}]
+)
 def test_bad_samplers(model, options):
     with pytest.raises(ValueError, match="Got: "):
         Sampler(model, **options)
@@ -200,6 +214,15 @@ def test_network_functions_check_their_inputs(model):
         network.prefill(params, cache, tokens, mask)
     with pytest.raises(AssertionError):
         network.decode(params, cache, jnp.ones((2, 1, 3, 1), jnp.int32))
+    with pytest.raises(ValueError, match=r"The chunk has 1 slots. Got: 2 tokens"):
+        network.decode(params, cache, jnp.ones((2, 1, 1, 2), jnp.int32))
+    with pytest.raises(ValueError, match=r"beam_slots must be at least chunk_length. Got: 0 and 1"):
+        cache.commit(jnp.zeros((2, 1), jnp.int32))
+    with pytest.raises(ValueError, match=r"want must be some of .* Got: \('logit',\)"):
+        network.forward(params, tokens, mask, want=("logit",))
+    scorer = tiny_network(head="score")
+    with pytest.raises(ValueError, match="no language-model head"):
+        scorer.forward(scorer.init(jax.random.key(0)), tokens, mask, want=("logits",))
     with pytest.raises(ValueError, match="at least 1"):
         generate(
             network,

@@ -65,6 +65,13 @@ def test_bos_is_added_when_the_file_says_so(metadata, tmp_path):
     assert again("he")["input_ids"] == begins("he")["input_ids"]
 
 
+def test_qwen_composes_characters():
+    letters = BYTE_LEVEL["tokenizer.ggml.tokens"] + ["\u00c3", "\u00a9", "\u00cc", "\u0123"]
+    types = BYTE_LEVEL["tokenizer.ggml.token_type"] + [1] * 4
+    tokenizer = build(BYTE_LEVEL, pre="qwen2", tokens=letters, token_type=types)
+    assert tokenizer("e\u0301")["input_ids"] == tokenizer("\u00e9")["input_ids"] == [101, 102]
+
+
 def test_control_and_user_defined_tokens_stay_whole():
     tokenizer = build(BYTE_LEVEL)
     ids = tokenizer("<think>he</s>")["input_ids"]

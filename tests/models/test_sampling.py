@@ -81,7 +81,7 @@ def test_greedy_takes_the_lowest_of_equals():
 
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.5, 0.9, 0.999])
 def test_top_p_without_a_sort_keeps_what_a_sort_would(top_p):
-    logits = jax.random.normal(jax.random.key(1), (64, 500)) * jnp.linspace(0, 5, 64)[:, None]
+    logits = jax.random.normal(jax.random.key(1), (64, 500)) * jnp.linspace(0.1, 5, 64)[:, None]
     kept, _ = warp(logits, Sampling(top_p=top_p))
     for row, survivors in zip(np.asarray(logits), np.isfinite(kept), strict=True):
         probabilities = np.exp(row - row.max())
@@ -89,6 +89,14 @@ def test_top_p_without_a_sort_keeps_what_a_sort_would(top_p):
         above = np.array([probabilities[probabilities > p].sum() for p in probabilities])
         clear = np.abs(above - top_p) > 1e-5
         np.testing.assert_array_equal(survivors[clear], (above < top_p)[clear])
+
+
+@pytest.mark.parametrize("top_k", [None, 63, 64])
+def test_equal_tokens_are_kept_from_the_lowest_id_on(top_k):
+    kept, ids = warp(jnp.zeros((2, 64)), Sampling(top_k=top_k, top_p=0.25))
+    survivors = np.broadcast_to(ids, kept.shape)[np.isfinite(kept)].reshape(2, -1)
+    np.testing.assert_array_equal(survivors, [np.arange(len(survivors[0]))] * 2)
+    assert len(survivors[0]) == 16
 
 
 def test_noise_is_that_of_jax_random_and_belongs_to_the_token():
@@ -135,8 +143,9 @@ def prompt_keys_data(seed):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature must be finite and >= 0. Got: -1.0"),
-        ({"temperature": float("nan")}, "temperature must be finite"),
+        ({"temperature": -1.0}, r"temperature must be 0 \(greedy\) or .* Got: -1.0"),
+        ({"temperature": 1e-38}, r"temperature must be 0 \(greedy\) or .* Got: 1e-38"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
         ({"top_k": 0}, "top_k must be None or at least 1. Got: 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]. Got: 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\]. Got: 1.5"),

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from iro_jax.models import Sampling, generate, make_mesh, prompt_keys
-from iro_jax.models.sharding import constrain, partition_spec
+from iro_jax.models.sharding import partition_spec, spread_batch
 from iro_jax.testing import tiny_network
 
 NETWORKS = {
@@ -104,7 +104,25 @@ def test_axes_that_do_not_divide_are_replicated():
 
 def test_without_a_mesh_nothing_is_pinned():
     x = jnp.ones((2, 3))
-    assert constrain(x, "vocab") is x
+    assert spread_batch(x) is x
+
+
+def test_networks_run_inside_shard_map():
+    """Each device reads its own prompts with replicated weights."""
+    network = tiny_network()
+    params = network.init(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 12)).astype(np.int32)
+    mask = np.ones(tokens.shape, bool)
+    mesh = make_mesh(8, 1)
+    read = jax.shard_map(
+        lambda p, t, m: network.forward(p, t, m).logits,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P("data"),
+    )
+    got = jax.jit(read)(params, tokens, mask)
+    want = network.forward(params, tokens, mask).logits
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
 def test_too_small_a_machine():

@@ -57,13 +57,15 @@ def translate_config(
     try:
         normal = AutoConfig.for_model(family.model_type, **fields).to_dict()
         config = family.translate(normal)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{origin}: field {error} is missing") from error
+    except Exception as error:  # transformers raises types of its own for malformed fields
         raise ValueError(f"{origin}: {error}") from error
     if head is None:
-        classifies = any(
-            name.endswith("ForSequenceClassification")
-            for name in raw_config.get("architectures") or ()
-        )
+        architectures = raw_config.get("architectures") or ()
+        if isinstance(architectures, str):
+            architectures = (architectures,)
+        classifies = any(name.endswith("ForSequenceClassification") for name in architectures)
         head = "score" if classifies else "logits"
     return config.replace(head=head, dtype=dtype)
 

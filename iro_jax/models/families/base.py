@@ -98,9 +98,7 @@ def common_fields(hf: HfConfig, **fields: Any) -> dict[str, Any]:
 
 def activation(hf: HfConfig, field: str) -> Activation:
     if hf[field] not in _ACTIVATIONS:
-        raise ValueError(
-            f"config.json: {field} must be one of {sorted(_ACTIVATIONS)}. Got: {hf[field]!r}"
-        )
+        raise ValueError(f"{field} must be one of {sorted(_ACTIVATIONS)}. Got: {hf[field]!r}")
     return _ACTIVATIONS[hf[field]]
 
 
@@ -118,7 +116,7 @@ def layers(hf: HfConfig, head_dim: int) -> tuple[Layer, ...]:
     unknown = set(kinds) - set(known)
     if unknown or len(kinds) != count:
         raise ValueError(
-            f"config.json: layer_types must be {count} (num_hidden_layers) of {sorted(known)}."
+            f"layer_types must be {count} (num_hidden_layers) of {sorted(known)}."
             f" Got: {list(kinds)}"
         )
     return tuple(known[kind] for kind in kinds)
@@ -155,6 +153,5 @@ def _scaling(
             return YarnScaling.from_parameters(parameters, original)
         case unknown:
             raise ValueError(
-                "config.json: rope_type must be 'default', 'linear', 'llama3' or 'yarn'."
-                f" Got: {unknown!r}"
+                f"rope_type must be 'default', 'linear', 'llama3' or 'yarn'. Got: {unknown!r}"
             )

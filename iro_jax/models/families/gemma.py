@@ -17,7 +17,7 @@ _NAMES = WeightNames(
 def _translate(hf: HfConfig, **fields: Any) -> TransformerConfig:
     if hf.get("use_bidirectional_attention"):
         raise ValueError(
-            "config.json: use_bidirectional_attention must be false, a policy reads from left"
+            "use_bidirectional_attention must be false, a policy reads from left"
             f" to right. Got: {hf['use_bidirectional_attention']!r}"
         )
     bias = bool(hf.get("attention_bias"))

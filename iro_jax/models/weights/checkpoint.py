@@ -22,13 +22,13 @@ class Checkpoint(Protocol):
       origin: the folder or file, for messages.
       hf_config: the content of a `config.json`.
       shapes: every tensor's shape.
-      dtype: the floating-point type that most of the tensors are stored in.
+      dtypes: every tensor's type, as the format names it.
     """
 
     origin: Path
     hf_config: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
-    dtype: np.dtype
+    dtypes: Mapping[str, str]
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

@@ -51,8 +51,6 @@ class GgufFile:
         quantisation that is not supported.
     """
 
-    dtype = np.dtype(np.float32)
-
     def __init__(self, path: Path):
         self.origin = path
         try:
@@ -61,11 +59,19 @@ class GgufFile:
             self.metadata = {key: field.contents() for key, field in reader.fields.items()}
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: file not found") from error
-        except (ValueError, IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+        except Exception as error:  # the reader trusts every length in the file
             raise CheckpointError(f"{path}: truncated or not a GGUF file ({error})") from error
         self.family = _family(self.metadata, path)
-        self.hf_config = _hf_config(self.metadata, tensors, self.family)
-        self._tensors = _rename(tensors, self.family, self.hf_config, path)
+        try:
+            self.hf_config = _hf_config(self.metadata, tensors, self.family)
+            self._tensors = _rename(tensors, self.family, self.hf_config, path)
+        except KeyError as error:
+            raise CheckpointError(f"{path}: the file does not say {error}") from error
+        except (ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"{path}: {error}".replace(f"{path}: {path}", f"{path}")
+            ) from error
+        self.dtypes: Mapping[str, str] = dict.fromkeys(self._tensors, "F32")
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(int(size) for size in reversed(tensor.shape))
             for name, tensor in self._tensors.items()
@@ -91,7 +97,14 @@ class GgufFile:
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         if "tokenizer.ggml.tokens" not in self.metadata:
             return None
-        return build_tokenizer(self.metadata, self.origin)
+        try:
+            return build_tokenizer(self.metadata, self.origin)
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises bare exceptions
+            raise CheckpointError(
+                f"{self.origin}: the tokenizer cannot be built ({type(error).__name__}: {error})"
+            ) from error
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """For each row of the Hugging Face tensor, its row in the file; None if the same."""

