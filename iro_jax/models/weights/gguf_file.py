@@ -43,6 +43,15 @@ _FIELDS = {
 }
 
 
+_REQUIRED = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+)
+
+
 class GgufFile:
     """A `Checkpoint` read from a GGUF file of one of the seven families.
 
@@ -138,6 +147,9 @@ def _hf_config(
 ) -> dict[str, Any]:
     """The `config.json` that the metadata stand for."""
     prefix = family.gguf_architecture + "."
+    for key in _REQUIRED:
+        if prefix + key not in metadata:
+            raise KeyError(prefix + key)
     config = {
         field: metadata[prefix + key] for key, field in _FIELDS.items() if prefix + key in metadata
     }
