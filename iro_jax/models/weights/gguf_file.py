@@ -76,10 +76,10 @@ class GgufFile:
             self._tensors = _rename(tensors, self.family, self.hf_config, path)
         except KeyError as error:
             raise CheckpointError(f"{path}: the file does not say {error}") from error
+        except CheckpointError:
+            raise
         except (ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(
-                f"{path}: {error}".replace(f"{path}: {path}", f"{path}")
-            ) from error
+            raise CheckpointError(f"{path}: {error}") from error
         self.dtypes: Mapping[str, str] = dict.fromkeys(self._tensors, "F32")
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(int(size) for size in reversed(tensor.shape))
@@ -119,13 +119,11 @@ class GgufFile:
         """For each row of the Hugging Face tensor, its row in the file; None if the same."""
         rows = np.arange(self.shapes[name][0])
         heads = self.hf_config["num_attention_heads"]
-        if self.family.gguf_architecture == "llama" and ".k_proj." in name:
-            heads = self.hf_config["num_key_value_heads"]
-        elif self.family.gguf_architecture == "llama" and ".q_proj." in name:
-            pass
-        elif ".query_key_value." in name:
+        if ".query_key_value." in name:
             return rows.reshape(3, heads, -1).swapaxes(0, 1).reshape(-1)
-        else:
+        if self.family.gguf_architecture == "llama" and ".k_proj." in name:
+            heads = self.hf_config.get("num_key_value_heads", heads)
+        elif self.family.gguf_architecture != "llama" or ".q_proj." not in name:
             return None
         return rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
@@ -219,7 +217,7 @@ def _rename(
     names = gguf.get_tensor_name_map(
         architectures[family.gguf_architecture], hf_config["num_hidden_layers"]
     )
-    config = translate_config(hf_config, origin=str(path))
+    config = translate_config(hf_config, origin="metadata")
     renamed = {}
     for name in tensor_shapes(checkpoint_layout(config, family.names)):
         stem, suffix = name.rsplit(".", 1)
