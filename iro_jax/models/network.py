@@ -230,12 +230,12 @@ def _apply(
         lengths = own.lengths
     all_positions = [part.positions for part in context] + [own_positions]
 
-    rope_tables = {
-        rope: rope_lib.tables(rope, positions) for rope in {layer.rope for layer in config.layers}
-    }
+    # Each kind once, in the layers' order: the program must be the same in every process.
+    ropes = dict.fromkeys(layer.rope for layer in config.layers)
+    windows = dict.fromkeys(layer.window for layer in config.layers)
+    rope_tables = {rope: rope_lib.tables(rope, positions) for rope in ropes}
     masks = {
-        window: [visible(positions, part, window) for part in all_positions]
-        for window in {layer.window for layer in config.layers}
+        window: [visible(positions, part, window) for part in all_positions] for window in windows
     }
 
     new_keys: list[Array] = []

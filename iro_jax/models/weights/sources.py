@@ -99,7 +99,7 @@ def _installed_package(package: str) -> Path:
     files = _gguf_files(package)
     if not files:
         raise CheckpointError(f"pip:{package}: the package holds no .gguf file")
-    names = {_GGUF_PART.fullmatch(path.name)["name"] for path in files}  # type: ignore[index]
+    names = {match["name"] for path in files if (match := _GGUF_PART.fullmatch(path.name))}
     if len(names) > 1:
         raise CheckpointError(f"pip:{package}: expected one GGUF file. Got: {sorted(names)}")
     if len(files) == 1:
