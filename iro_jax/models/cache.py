@@ -150,8 +150,10 @@ class Cache:
           parents: candidate `k * B + b` chosen for each new beam, in `[0, K * B)`.
 
         The chunk's slots are appended after the beams' cursor; there must be room for
-        `chunk_length` of them (checked where the capacity is chosen, since the cursor is
-        traced).
+        `chunk_length` of them. That is the caller's arithmetic, since the cursor is traced.
+
+        Raises:
+          ValueError: the beams have fewer slots than one chunk.
         """
         num_prompts, width, successors = self.chunk.lengths.shape
         chex.assert_shape(parents, (num_prompts, width))

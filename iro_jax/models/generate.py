@@ -241,7 +241,7 @@ class Sampler:
           prompts: raw prompts or conversations.
           seed: of all draws.
           prompt_ids: names that the draws depend on; by default the prompts' indices.
-          num_samples: answers a prompt.
+          num_samples: answers a prompt; each number is a program of its own.
           progress: whether to show a bar.
 
         Raises:

@@ -24,7 +24,7 @@ class Sampling:
     """How tokens are drawn. Warpers apply in this order, as in `transformers`.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most likely token.
+      temperature: divides the logits; at least 1e-4, or 0 to take the most likely token.
       top_k: keeps the k most likely tokens (ties towards the lower id); None keeps all.
       top_p: then keeps the most likely tokens whose predecessors' mass is below top_p (ties
         towards the lower id).

@@ -191,7 +191,7 @@ def check_ids(ids: Int[np.ndarray, " length"], vocab_size: int) -> None:
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
             f"The tokenizer does not fit the network: token ids must be below"
-            f" vocab_size={vocab_size}. Got: {int(ids.max())}"
+            f" vocab_size={vocab_size} and not negative. Got: {int(ids.min())} to {int(ids.max())}"
         )
 
 
