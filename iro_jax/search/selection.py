@@ -15,6 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from iro_jax.search.tree import ranking, sequences, take
@@ -156,6 +157,8 @@ def _systematic(
     key: Key[Array, ""], weights: Float[Array, " U"], count: int
 ) -> Int[Array, " count"]:
     """One uniform number places a comb of `count` teeth over the cumulated weights."""
-    cumulated = jnp.cumsum(weights)
+    # A parallel sum may rise by rounding where a weight is zero; nothing may be drawn there.
+    cumulated = lax.cummax(jnp.where(weights > 0, jnp.cumsum(weights), 0.0))
     teeth = (jnp.arange(count) + jax.random.uniform(key)) / count * cumulated[-1]
-    return jnp.searchsorted(cumulated, teeth, side="right").clip(0, weights.size - 1)
+    teeth = jnp.minimum(teeth, jnp.nextafter(cumulated[-1], 0.0))
+    return jnp.searchsorted(cumulated, teeth, side="right")

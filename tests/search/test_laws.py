@@ -39,7 +39,7 @@ def optimal_values(params, candidates, memory):
     return s.Scores(scores, scores[..., None]), memory
 
 
-def successes(vocabulary, horizon, chunk_length, width, successors, runs, seed=0):
+def successes(vocabulary, horizon, chunk_length, width, successors, runs, seed=5000, select_fn=s.diversity_first):
     @jax.jit
     def run(prompt_keys):
         output = s.search(
@@ -48,6 +48,7 @@ def successes(vocabulary, horizon, chunk_length, width, successors, runs, seed=0
             bare_root(prompt_keys.shape[0]),
             expand_fn=uniform_successors(vocabulary, chunk_length),
             score_fn=optimal_values,
+            select_fn=select_fn,
             beam_width=width,
             num_successors=successors,
             chunk_length=chunk_length,
@@ -78,30 +79,39 @@ def test_success_probabilities_follow_proposition_1(vocabulary, horizon, chunk_l
     """
     actions = vocabulary**chunk_length
     guided = (1 - (1 - 1 / actions) ** candidates) ** (horizon // chunk_length)
-    hits, runs = successes(vocabulary, horizon, chunk_length, 1, candidates, int(120 / guided))
-    assert hits >= 80  # of at least 120 expected
+    hits, runs = successes(vocabulary, horizon, chunk_length, 1, candidates, int(600 / guided))
+    assert hits >= 500
     low, high = interval(hits, runs)
     assert low <= guided <= high
 
     blind = 1 - (1 - vocabulary**-horizon) ** candidates
     if blind * 600_000 >= 100:
-        hits, runs = successes(vocabulary, horizon, horizon, 1, candidates, int(120 / blind))
+        hits, runs = successes(vocabulary, horizon, horizon, 1, candidates, int(200 / blind))
         low, high = interval(hits, runs)
         assert low <= blind <= high
 
 
-def test_proposition_1_does_not_hold_for_several_beams():
-    """With K = B = sqrt(U) a beam that is on the way gets only B successors."""
-    formula = (1 - (1 - 1 / 64) ** 16) ** 3
-    hits, runs = successes(64, 3, 1, 4, 4, 200_000)
-    assert hits >= 100
+@pytest.mark.parametrize(
+    ("horizon", "width", "top_k_helps"), [(2, 2, False), (2, 4, False), (3, 4, False), (3, 4, True)]
+)
+def test_proposition_1_does_not_hold_for_several_beams(horizon, width, top_k_helps):
+    """With K = B = sqrt(U) a beam that is on the way gets only B successors, not U.
+
+    All U candidates of the first chunk have the same parent, later only B: the other beams are
+    wasted on prefixes that are lost. Keeping duplicates instead (`top_k`) gives the right prefix
+    several beams now and then, which helps a little, and nothing in the formula says so.
+    """
+    first, later = (1 - (1 - 1 / 64) ** n for n in (width**2, width))
+    formula, expected = first**horizon, first * later ** (horizon - 1)
+    select_fn = s.top_k if top_k_helps else s.diversity_first
+    hits, runs = successes(64, horizon, 1, width, width, int(500 / expected), 9000, select_fn)
+    assert hits >= 400
     low, high = interval(hits, runs)
-    assert high < formula / 5
-    # All 16 candidates of the first chunk, then 4 a beam: a lower bound, for the right
-    # prefix may hold several beams.
-    first, later = 1 - (1 - 1 / 64) ** 16, 1 - (1 - 1 / 64) ** 4
-    assert low <= first * later**2 * 1.25
-    assert high >= first * later**2
+    assert high < formula / 1.5
+    if top_k_helps:
+        assert low > expected
+    else:
+        assert low <= expected <= high
 
 
 def particles(problem, values, number, successors, select_fn, seed):
