@@ -143,11 +143,15 @@ class Cache:
             self.prompt.lengths[:, None, None] + self.beams.lengths[..., None] + self.chunk.lengths
         )
 
-    def commit(self, parents: Int[Array, "P K"]) -> Cache:
+    def commit(
+        self, parents: Int[Array, "P K"], kept: Int[Array, "P K B"] | None = None
+    ) -> Cache:
         """Makes the selected candidates the new beams and empties the chunk.
 
         Args:
           parents: candidate `k * B + b` chosen for each new beam, in `[0, K * B)`.
+          kept: how many of its beam's tokens each candidate has, as in `Network.decode`; the
+            slots of the others become empty. All by default.
 
         The chunk's slots are appended after the beams' cursor; there must be room for
         `chunk_length` of them. That is the caller's arithmetic, since the cursor is traced.
@@ -170,22 +174,28 @@ class Cache:
         def select_chunks(x):
             return take(x.reshape(num_prompts, width * successors, *x.shape[3:]), parents)
 
-        def extend(beams, chunk, axis):
+        positions, lengths = select_beams(self.beams.positions), select_beams(self.beams.lengths)
+        if kept is not None:
+            lengths = select_chunks(kept)
+            end = self.prompt.lengths[:, None, None] + lengths[..., None]
+            positions = jnp.where(positions < end, positions, EMPTY)
+
+        def append(beams, chunk, axis):
             return lax.dynamic_update_slice_in_dim(
-                select_beams(beams), select_chunks(chunk), self.beams.cursor, axis
+                beams, select_chunks(chunk), self.beams.cursor, axis
             )
 
         def extend_layers(beams, chunks):
             unpacked = zip(
                 map(self.beams.unpack, beams), map(self.chunk.unpack, chunks), strict=True
             )
-            return tuple(pack(extend(beam, chunk, -2)) for beam, chunk in unpacked)
+            return tuple(pack(append(select_beams(beam), chunk, -2)) for beam, chunk in unpacked)
 
         beams = CachePart(
             keys=extend_layers(self.beams.keys, self.chunk.keys),
             values=extend_layers(self.beams.values, self.chunk.values),
-            positions=extend(self.beams.positions, self.chunk.positions, -1),
-            lengths=select_beams(self.beams.lengths) + select_chunks(self.chunk.lengths),
+            positions=append(positions, self.chunk.positions, -1),
+            lengths=lengths + select_chunks(self.chunk.lengths),
             cursor=self.beams.cursor + self.chunk.slots,
         )
         chunk = dataclasses.replace(
@@ -207,12 +217,25 @@ def take(x: Array, indices: Int[Array, "P K"]) -> Array:
     return jax.vmap(lambda rows, chosen: rows[chosen])(x, indices)
 
 
+def inherit(x: Array, parents: Int[Array, "P K"]) -> Array:
+    """What selected candidates hand down: rows of `x` `[P, K, B, ...]`, one for each successor.
+
+    Row `[p, k, :]` of the result is `x` of candidate `parents[p, k]`, B times.
+    """
+    chosen = take(x.reshape(x.shape[0], -1, *x.shape[3:]), parents)
+    return jnp.broadcast_to(chosen[:, :, None], x.shape)
+
+
 def visible(
     positions: Int[Array, "*batch length"],
     part_positions: Int[Array, "*part slots"],
     window: int | None,
+    before: Int[Array, "*batch"] | None = None,
 ) -> Bool[Array, "*batch length slots"]:
-    """Which slots each query may attend to: filled ones, not after it, within its window."""
+    """Which slots each query may attend to.
+
+    Those that are filled, not after it, within its window, and of a position below `before`.
+    """
     batch = positions.shape[:-1]
     lead = part_positions.shape[:-1]
     slots = part_positions.reshape(*lead, *(1,) * (len(batch) - len(lead) + 1), -1)
@@ -220,4 +243,6 @@ def visible(
     seen = (slots != EMPTY) & (slots <= queries)
     if window is not None:
         seen &= slots > queries - window
+    if before is not None:
+        seen &= slots < before[..., None, None]
     return seen

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import chex
 import jax
@@ -26,11 +26,13 @@ from jaxtyping import Array, Bool, Float, Int
 from iro_jax.models import rope as rope_lib
 from iro_jax.models.cache import EMPTY, Cache, CachePart, pack, visible
 from iro_jax.models.config import TransformerConfig
+from iro_jax.models.lora import Adapters
 from iro_jax.models.sharding import RULES, Rules, named_sharding
 from iro_jax.models.transformer import Transformer
 
 Params: TypeAlias = nnx.State
-Want = Literal["logits", "hidden", "score"]
+Want = Literal["logits", "hidden", "score"] | int
+_NAMED = ("logits", "hidden", "score")
 
 
 @jax.tree_util.register_dataclass
@@ -42,11 +44,14 @@ class Outputs:
       logits: next-token logits, f32, `[..., V]`.
       hidden: hidden states after the final norm, `[..., D]`.
       score: the scalar head's value, f32, `[...]`.
+      layers: by number, the residual stream after that many blocks, `[..., D]`; what
+        `transformers` calls `hidden_states`, except that its last entry is `hidden` here.
     """
 
     logits: Float[Array, "*batch V"] | None = None
     hidden: Float[Array, "*batch D"] | None = None
     score: Float[Array, "*batch"] | None = None
+    layers: dict[int, Float[Array, "*batch D"]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +92,16 @@ class Network:
         mask: Bool[Array, "batch length"],
         *,
         want: tuple[Want, ...] | None = None,
+        adapters: Adapters | None = None,
     ) -> Outputs:
         """Reads whole sequences.
 
         Args:
           tokens: token ids; anything where `mask` is false.
           mask: which tokens are real. Padding may stand on either side.
-          want: the outputs; by default what the configuration's head gives.
+          want: the outputs: `logits`, `hidden`, `score`, or numbers of layers; by default
+            what the configuration's head gives.
+          adapters: low-rank changes of the weights; see `iro_jax.models.lora`.
 
         Returns:
           `Outputs` at every token, `[batch, length, ...]`; arbitrary at padding.
@@ -101,8 +109,8 @@ class Network:
         _check_tokens(tokens, mask, rank=2)
         positions = _positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
         module = self._module(params)
-        hidden, _ = _apply(module, tokens, positions, context=(), own=None)
-        return self._outputs(module, hidden, want)
+        stream, _ = _apply(module, tokens, positions, (), None, adapters)
+        return self._outputs(module, stream, want)
 
     def prefill(
         self,
@@ -113,6 +121,7 @@ class Network:
         *,
         want: tuple[Want, ...] | None = None,
         every_position: bool = False,
+        adapters: Adapters | None = None,
     ) -> tuple[Outputs, Cache]:
         """Reads the prompts into an empty cache.
 
@@ -121,6 +130,7 @@ class Network:
           tokens: prompts, one bucket long.
           mask: which tokens are real; each prompt has at least one.
           every_position: outputs at all S tokens, not only at each prompt's last one.
+          adapters: as in `forward`.
 
         Returns:
           `Outputs` of shape `[P, ...]` (or `[P, S, ...]`), and the cache.
@@ -129,11 +139,11 @@ class Network:
         chex.assert_shape(tokens, cache.prompt.positions.shape)
         positions = _positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
         module = self._module(params)
-        hidden, prompt = _apply(module, tokens, positions, context=(), own=None)
+        stream, prompt = _apply(module, tokens, positions, (), None, adapters)
         if not every_position:
-            last = jnp.argmax(positions, axis=-1)
-            hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return self._outputs(module, hidden, want), dataclasses.replace(cache, prompt=prompt)
+            last = jnp.argmax(positions, axis=-1)[:, None, None]
+            stream = [jnp.take_along_axis(x, last, axis=1)[:, 0] for x in stream]
+        return self._outputs(module, stream, want), dataclasses.replace(cache, prompt=prompt)
 
     def decode(
         self,
@@ -143,6 +153,8 @@ class Network:
         mask: Bool[Array, "P K B N"] | None = None,
         *,
         want: tuple[Want, ...] | None = None,
+        adapters: Adapters | None = None,
+        kept: Int[Array, "P K B"] | None = None,
     ) -> tuple[Outputs, Cache]:
         """Extends every candidate's chunk by N tokens (N = 1 when sampling).
 
@@ -151,6 +163,9 @@ class Network:
             caller's arithmetic).
           tokens: the next tokens of every candidate.
           mask: which of them are real; a finished candidate's are not. All by default.
+          adapters: as in `forward`.
+          kept: how many of its beam's tokens each candidate still has; the tokens of its chunk
+            stand in the place of the others. All by default. `Cache.commit` has to be told.
 
         Returns:
           `Outputs` at every new token, `[P, K, B, N, ...]`, and the cache with them in it.
@@ -162,25 +177,45 @@ class Network:
             raise ValueError(
                 f"The chunk has {cache.chunk.slots} slots. Got: {tokens.shape[-1]} tokens at once"
             )
-        positions = _positions(mask, cache.next_positions())
-        context = tuple(part for part in (cache.prompt, cache.beams) if part.slots)
+        beams = cache.beams
+        if kept is not None:
+            forgotten = kept - beams.lengths[..., None]
+            positions = _positions(mask, cache.next_positions() + forgotten)
+        else:
+            positions = _positions(mask, cache.next_positions())
+        context = tuple(part for part in (cache.prompt, beams) if part.slots)
+        before = None if kept is None else cache.prompt.lengths[:, None, None] + kept
         module = self._module(params)
-        hidden, chunk = _apply(module, tokens, positions, context, own=cache.chunk)
-        return self._outputs(module, hidden, want), dataclasses.replace(cache, chunk=chunk)
+        stream, chunk = _apply(module, tokens, positions, context, cache.chunk, adapters, before)
+        return self._outputs(module, stream, want), dataclasses.replace(cache, chunk=chunk)
+
+    def logits(
+        self, params: Params, hidden: Float[Array, "*batch D"]
+    ) -> Float[Array, "*batch V"]:
+        """Next-token logits, f32, from `Outputs.hidden`."""
+        return self._module(params).logits(hidden)
 
     def _module(self, params: Params) -> Transformer:
         return nnx.merge(_split(self.config)[0], params)
 
     def _outputs(
-        self, module: Transformer, hidden: Array, want: tuple[Want, ...] | None
+        self, module: Transformer, stream: list[Array], want: tuple[Want, ...] | None
     ) -> Outputs:
+        """From the residual stream before, between and after the layers."""
         want = (self.config.head,) if want is None else want
-        if not want or set(want) - set(get_args(Want)):
-            raise ValueError(f"want must be some of {get_args(Want)}. Got: {want}")
+        depths = range(self.config.num_layers + 1)
+        layers = [item for item in want if item not in _NAMED]
+        if not want or not all(item in depths for item in layers):
+            raise ValueError(
+                f"want must be some of {_NAMED}, or numbers of layers up to"
+                f" {self.config.num_layers}. Got: {want}"
+            )
+        hidden = module.final_norm(stream[-1]) if set(want) & set(_NAMED) else None
         return Outputs(
             logits=module.logits(hidden) if "logits" in want else None,
             hidden=hidden if "hidden" in want else None,
             score=module.score(hidden) if "score" in want else None,
+            layers={depth: stream[depth] for depth in layers},
         )
 
 
@@ -208,16 +243,21 @@ def _apply(
     positions: Int[Array, "*lead N"],
     context: tuple[CachePart, ...],
     own: CachePart | None,
-) -> tuple[Float[Array, "*lead N D"], CachePart]:
+    adapters: Adapters | None = None,
+    before: Int[Array, "*lead"] | None = None,
+) -> tuple[list[Float[Array, "*lead N D"]], CachePart]:
     """Runs new tokens through the layers.
 
     Args:
       context: parts that are read only; their leading axes are a prefix of `lead`.
       own: the part that the new tokens are written into and that they attend to; None
         makes a new part that holds just these tokens.
+      adapters: low-rank changes of the weights.
+      before: the positions in `context` that are visible; all by default.
 
     Returns:
-      Hidden states after the final norm, and the own part with the new tokens in it.
+      The residual stream before, between and after the layers, and the own part with the new
+      tokens in it.
     """
     config = module.config
     if own is None:
@@ -228,14 +268,15 @@ def _apply(
         cursor = own.cursor
         own_positions = lax.dynamic_update_slice_in_dim(own.positions, positions, cursor, axis=-1)
         lengths = own.lengths
-    all_positions = [part.positions for part in context] + [own_positions]
 
     # Each kind once, in the layers' order: the program must be the same in every process.
     ropes = dict.fromkeys(layer.rope for layer in config.layers)
     windows = dict.fromkeys(layer.window for layer in config.layers)
     rope_tables = {rope: rope_lib.tables(rope, positions) for rope in ropes}
     masks = {
-        window: [visible(positions, part, window) for part in all_positions] for window in windows
+        window: [visible(positions, part.positions, window, before) for part in context]
+        + [visible(positions, own_positions, window)]
+        for window in windows
     }
 
     new_keys: list[Array] = []
@@ -258,10 +299,17 @@ def _apply(
         pairs = zip([*stored, (keys, values)], masks[window], strict=True)
         return [(k, v, seen) for (k, v), seen in pairs]
 
-    x = module.embed(tokens)
+    stream = [module.embed(tokens)]
     for index, block in enumerate(module.layers):
         layer = block.layer
-        x = block(x, rope_tables[layer.rope], functools.partial(remember, index, layer.window))
+        stream.append(
+            block(
+                stream[-1],
+                rope_tables[layer.rope],
+                functools.partial(remember, index, layer.window),
+                {} if adapters is None else adapters[index],
+            )
+        )
 
     written = CachePart(
         keys=tuple(new_keys),
@@ -270,4 +318,4 @@ def _apply(
         lengths=lengths + jnp.sum(positions != EMPTY, axis=-1, dtype=jnp.int32),
         cursor=cursor + tokens.shape[-1],
     )
-    return module.final_norm(x), written
+    return stream, written

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from iro_jax.models import rope as rope_lib
 from iro_jax.models.attention import attend
 from iro_jax.models.config import Activation, Layer, TransformerConfig
+from iro_jax.models.lora import Adapter, Target
 from iro_jax.models.sharding import spread_batch
 
 _ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
@@ -60,11 +61,13 @@ class Projection(nnx.Module):
         self.kernel = _normal(rngs, (*inputs, *outputs), axes)
         self.bias = _constant(0.0, outputs, axes[len(inputs) :]) if bias else None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, adapter: Adapter | None = None) -> Array:
         batch = x.shape[: x.ndim - len(self.inputs)]
         rows = x.reshape(math.prod(batch), math.prod(self.inputs))
         kernel = self.kernel[...].astype(x.dtype)
         y = rows @ kernel.reshape(rows.shape[-1], math.prod(self.outputs))
+        if adapter is not None:
+            y += adapter.change(rows)
         y = y.reshape(*batch, *self.outputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -114,11 +117,14 @@ class Attention(nnx.Module):
         self.key_norm = Norm(config, head_dim, kind="rms") if config.qk_norm else None
 
     def project(
-        self, x: Float[Array, "*batch length D"], rope_tables: tuple[Array, Array]
+        self,
+        x: Float[Array, "*batch length D"],
+        rope_tables: tuple[Array, Array],
+        adapter: Adapter | None = None,
     ) -> tuple[Array, Array, Array]:
         """Queries `[*batch, length, kv_heads, group, H]`, keys and values in cache order."""
         group = self.config.group_size
-        queries, keys, values = jnp.split(self.qkv(x), (group, group + 1), axis=-2)
+        queries, keys, values = jnp.split(self.qkv(x, adapter), (group, group + 1), axis=-2)
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         queries = rope_lib.rotate(queries, *rope_tables)
@@ -126,9 +132,14 @@ class Attention(nnx.Module):
         queries *= self.config.query_scale
         return queries, _cache_order(keys), _cache_order(values)
 
-    def mix(self, queries: Array, parts: list[tuple[Array, Array, Array]]) -> Array:
+    def mix(
+        self,
+        queries: Array,
+        parts: list[tuple[Array, Array, Array]],
+        adapter: Adapter | None = None,
+    ) -> Array:
         attended = attend(queries, parts, self.config.attention_softcap)
-        return self.output(attended.astype(queries.dtype))
+        return self.output(attended.astype(queries.dtype), adapter)
 
 
 def _cache_order(x: Float[Array, "*batch length kv_heads 1 H"]) -> Array:
@@ -152,12 +163,12 @@ class Mlp(nnx.Module):
             (config.mlp_dim,), (config.embed_dim,), ("mlp", None), bias=config.mlp_bias, rngs=rngs
         )
 
-    def __call__(self, x: Array) -> Array:
-        branches = self.up(x)
+    def __call__(self, x: Array, up: Adapter | None = None, down: Adapter | None = None) -> Array:
+        branches = self.up(x, up)
         hidden = _ACTIVATIONS[self.activation](branches[..., 0, :])
         if branches.shape[-2] == 2:
             hidden *= branches[..., 1, :]
-        return self.down(hidden)
+        return self.down(hidden, down)
 
 
 class Block(nnx.Module):
@@ -174,7 +185,13 @@ class Block(nnx.Module):
         self.attention_post_norm = Norm(config, config.embed_dim) if post else None
         self.mlp_post_norm = Norm(config, config.embed_dim) if post else None
 
-    def __call__(self, x: Array, rope_tables: tuple[Array, Array], remember) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        rope_tables: tuple[Array, Array],
+        remember,
+        adapters: Mapping[Target, Adapter],
+    ) -> Array:
         """One layer.
 
         Args:
@@ -182,15 +199,19 @@ class Block(nnx.Module):
           rope_tables: cosines and sines of this layer's rotary embedding.
           remember: `(keys, values) -> parts` stores the new tokens' keys and values and
             returns every part that the queries attend to.
+          adapters: of this layer's projections, where they have one.
         """
-        queries, keys, values = self.attention.project(self.attention_norm(x), rope_tables)
-        attended = self.attention.mix(queries, remember(keys, values))
+        queries, keys, values = self.attention.project(
+            self.attention_norm(x), rope_tables, adapters.get("qkv")
+        )
+        attended = self.attention.mix(queries, remember(keys, values), adapters.get("output"))
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
+        mlp = functools.partial(self.mlp, up=adapters.get("up"), down=adapters.get("down"))
         if self.parallel:
-            return x + attended + self.mlp(self.mlp_norm(x))
+            return x + attended + mlp(self.mlp_norm(x))
         x = x + attended
-        transformed = self.mlp(self.mlp_norm(x))
+        transformed = mlp(self.mlp_norm(x))
         if self.mlp_post_norm is not None:
             transformed = self.mlp_post_norm(transformed)
         return x + transformed

@@ -1,0 +1,137 @@
+"""Guided search of a network's answers, from arrays to arrays in one program."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from iro_jax.guidance.params import GuidedParams
+from iro_jax.guidance.policy import PolicySampler
+from iro_jax.guidance.scorers import NoScore, Scorer, Sizes
+from iro_jax.models import Network, Sampling
+from iro_jax.search import Root, SearchOutput, SelectFn, diversity_first, search
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedSearch:
+    """A policy, what guides it, and the sizes of the search: static and hashable.
+
+    Calling it on arrays searches; the caller jits. Defaults are the paper's.
+
+    Attributes:
+      policy: the frozen network.
+      scorer: what guides it.
+      sampling: how the policy's tokens are drawn.
+      eos_ids: tokens that end an answer.
+      beam_width: K.
+      num_successors: B.
+      chunk_length: L.
+      capacity: H, the longest answer in tokens that there is room for.
+      select_fn: which candidates survive; see `iro_jax.search.selection`.
+      reuse_finished: see `iro_jax.search.search`.
+    """
+
+    policy: Network
+    scorer: Scorer = NoScore()
+    sampling: Sampling = Sampling()
+    eos_ids: tuple[int, ...] = ()
+    beam_width: int = 4
+    num_successors: int = 4
+    chunk_length: int = 16
+    capacity: int = 256
+    select_fn: SelectFn = diversity_first
+    reuse_finished: bool = False
+
+    def __post_init__(self):
+        for name in ("beam_width", "num_successors", "chunk_length", "capacity"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1. Got: {getattr(self, name)}")
+        if self.policy.config.head != "logits":
+            raise ValueError("A policy needs a language-model head. Got: head='score'")
+        vocabulary = self.policy.config.vocab_size
+        if any(not 0 <= eos < vocabulary for eos in self.eos_ids):
+            raise ValueError(f"eos_ids must be below {vocabulary}. Got: {self.eos_ids}")
+        self.scorer.check(self.policy)
+
+    @property
+    def max_steps(self) -> int:
+        """S: chunks of the longest answer."""
+        return -(-self.capacity // self.chunk_length)
+
+    @property
+    def expand_fn(self) -> PolicySampler:
+        return PolicySampler(
+            self.policy, self.sampling, self.eos_ids, self.chunk_length, self.scorer.features
+        )
+
+    def root(
+        self,
+        params: GuidedParams,
+        tokens: Int[Array, "P S"],
+        mask: Bool[Array, "P S"],
+        scorer_prompts: tuple[Any, Any] | None = None,
+    ) -> Root:
+        """Reads the prompts with the policy and the scorer. The arguments are those of a call."""
+        if tokens.shape[0] < 1:
+            raise ValueError("A search needs at least one prompt. Got: an empty batch")
+        sizes = Sizes(self.beam_width, self.num_successors, self.chunk_length, self.max_steps)
+        memory, features = self.expand_fn.root(
+            params,
+            tokens,
+            mask,
+            beam_width=self.beam_width,
+            num_successors=self.num_successors,
+            max_steps=self.max_steps,
+        )
+        read = (tokens, mask) if scorer_prompts is None else scorer_prompts
+        scores, score_memory = self.scorer.root(params, *read, features, sizes)
+        return Root(memory, score_memory, scores)
+
+    def __call__(
+        self,
+        params: GuidedParams,
+        keys: Key[Array, " P"],
+        tokens: Int[Array, "P S"],
+        mask: Bool[Array, "P S"],
+        max_new_tokens: int | Int[Array, "..."] | None = None,
+        scorer_prompts: tuple[Any, Any] | None = None,
+    ) -> SearchOutput:
+        """Searches for answers.
+
+        Args:
+          params: weights of the policy and the scorer.
+          keys: one key a prompt; see `iro_jax.models.prompt_keys`.
+          tokens: prompts, padded anywhere.
+          mask: which tokens are real; each prompt has at least one.
+          max_new_tokens: longest answer, at most `capacity`, which is the default. May be
+            traced, and may differ between prompts.
+          scorer_prompts: the prompts' `(tokens, mask)` for a scorer with another tokenizer.
+
+        Raises:
+          ValueError: see `iro_jax.search.search`.
+        """
+        if isinstance(max_new_tokens, int) and not 1 <= max_new_tokens <= self.capacity:
+            raise ValueError(
+                f"max_new_tokens must be in 1..{self.capacity}, the capacity."
+                f" Got: {max_new_tokens}"
+            )
+        limit = self.capacity if max_new_tokens is None else max_new_tokens
+        return search(
+            params,
+            keys,
+            self.root(params, tokens, mask, scorer_prompts),
+            expand_fn=self.expand_fn,
+            score_fn=self.scorer,
+            select_fn=self.select_fn,
+            beam_width=self.beam_width,
+            num_successors=self.num_successors,
+            chunk_length=self.chunk_length,
+            max_new_tokens=jnp.asarray(limit, jnp.int32),
+            capacity=self.capacity,
+            reuse_finished=self.reuse_finished,
+        )
+
+

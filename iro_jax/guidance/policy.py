@@ -1,0 +1,183 @@
+"""Sampling chunks from a network: the `expand_fn` of a frozen policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from iro_jax.guidance.params import GuidedParams
+from iro_jax.models import Cache, Network, Outputs, Sampling, draw, draw_keys
+from iro_jax.models.cache import inherit
+from iro_jax.models.network import Want
+from iro_jax.models.stop import START, STOPPED
+from iro_jax.search import Chunk, Frontier
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyMemory:
+    """What the policy remembers of every candidate; after a commit, of its beam.
+
+    Attributes:
+      cache: keys and values.
+      hidden: after the last token, `[P, K, B, D]`.
+      stops: state of the stop strings' automaton after it, `[P, K, B]`.
+    """
+
+    cache: Cache
+    hidden: Float[Array, "P K B D"]
+    stops: Int[Array, "P K B"]
+
+    def commit(self, parents: Int[Array, "P K"]) -> PolicyMemory:
+        return PolicyMemory(
+            cache=self.cache.commit(parents),
+            hidden=inherit(self.hidden, parents),
+            stops=inherit(self.stops, parents),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySampler:
+    """Samples B chunks of up to L tokens behind every beam.
+
+    L tokens take L steps of the network: the last token of a chunk is read as well, so that
+    its hidden state is there for the next chunk and for heads on the policy's features.
+
+    Attributes:
+      network: the policy.
+      sampling: how tokens are drawn.
+      eos_ids: tokens that end an answer.
+      chunk_length: L.
+      features: hidden states to hand to the scorer, read at each candidate's last token:
+        `hidden` or numbers of layers.
+    """
+
+    network: Network
+    sampling: Sampling
+    eos_ids: tuple[int, ...]
+    chunk_length: int
+    features: tuple[Want, ...] = ()
+
+    def root(
+        self,
+        params: GuidedParams,
+        tokens: Int[Array, "P S"],
+        mask: Bool[Array, "P S"],
+        *,
+        beam_width: int,
+        num_successors: int,
+        max_steps: int,
+    ) -> tuple[PolicyMemory, dict[Want, Float[Array, "P D"]]]:
+        """Reads prompts.
+
+        Returns:
+          The memory of K beams, and the features at the prompts' last tokens.
+        """
+        cache = self.network.empty_cache(
+            num_prompts=tokens.shape[0],
+            prompt_slots=tokens.shape[1],
+            beam_width=beam_width,
+            beam_slots=max_steps * self.chunk_length,
+            num_successors=num_successors,
+            chunk_length=self.chunk_length,
+        )
+        outputs, cache = self.network.prefill(
+            params.policy, cache, tokens, mask, want=self._want
+        )
+        assert outputs.hidden is not None
+        lead = (tokens.shape[0], beam_width, num_successors)
+        hidden = jnp.broadcast_to(
+            outputs.hidden[:, None, None], (*lead, outputs.hidden.shape[-1])
+        )
+        memory = PolicyMemory(cache, hidden, jnp.full(lead, START, jnp.int32))
+        return memory, self._features(outputs)
+
+    def __call__(
+        self, params: GuidedParams, keys: Key[Array, " P"], frontier: Frontier
+    ) -> tuple[Chunk, PolicyMemory]:
+        """The `expand_fn`."""
+        memory: PolicyMemory = frontier.memory
+        shape, length = frontier.open.shape, self.chunk_length
+        first_position = frontier.step * length
+        limits = jnp.minimum(frontier.room, length)[..., None]
+
+        def extend(state):
+            i, alive, chunk, memory = state
+            position = first_position + i
+            draw_key = draw_keys(keys, position, shape[1] * shape[2]).reshape(shape)
+            noise = None
+            if params.noise is not None:
+                noise = lax.dynamic_index_in_dim(params.noise, position, keepdims=False)
+                noise = noise.reshape(*shape, -1)
+            logits = self.network.logits(params.policy, memory.hidden)
+            drawn = draw(draw_key, logits, self.sampling, noise)
+            outputs, cache = self.network.decode(
+                params.policy,
+                memory.cache,
+                drawn.tokens[..., None],
+                alive[..., None],
+                want=self._want,
+            )
+            outputs = jax.tree.map(lambda x: x[:, :, :, 0], outputs)
+
+            def update(new, old):
+                return jnp.where(alive.reshape(shape + (1,) * (new.ndim - 3)), new, old)
+
+            def put(new, buffer):
+                return lax.dynamic_update_index_in_dim(buffer, new, i, axis=-1)
+
+            stops = self._advance(params, memory.stops, drawn.tokens)
+            ends = self._is_eos(drawn.tokens) | (stops == STOPPED)
+            chunk = Chunk(
+                tokens=put(drawn.tokens, chunk.tokens),
+                lengths=chunk.lengths + alive,
+                ended=chunk.ended | (alive & ends),
+                log_probs=put(drawn.log_probs, chunk.log_probs),
+                features=jax.tree.map(update, self._features(outputs), chunk.features),
+            )
+            memory = PolicyMemory(
+                cache=cache,
+                hidden=update(outputs.hidden, memory.hidden),
+                stops=update(stops, memory.stops),
+            )
+            return i + 1, alive & ~ends & (i + 1 < limits), chunk, memory
+
+        def unfinished(state):
+            i, alive, _, _ = state
+            return (i < length) & jnp.any(alive)
+
+        empty = Chunk(
+            tokens=jnp.zeros((*shape, length), jnp.int32),
+            lengths=jnp.zeros(shape, jnp.int32),
+            ended=jnp.zeros(shape, bool),
+            log_probs=jnp.zeros((*shape, length), jnp.float32),
+            features={name: jnp.zeros_like(memory.hidden) for name in self.features},
+        )
+        alive = frontier.open & (limits > 0)
+        _, _, chunk, memory = lax.while_loop(
+            unfinished, extend, (jnp.int32(0), alive, empty, memory)
+        )
+        return chunk, memory
+
+    @property
+    def _want(self) -> tuple[Want, ...]:
+        return tuple(dict.fromkeys(("hidden", *self.features)))
+
+    def _features(self, outputs: Outputs) -> dict[Want, Array]:
+        return {
+            name: outputs.hidden if name == "hidden" else outputs.layers[name]
+            for name in self.features
+        }
+
+    def _is_eos(self, tokens: Int[Array, "P K B"]) -> Bool[Array, "P K B"]:
+        return functools.reduce(
+            jnp.logical_or, [tokens == eos for eos in self.eos_ids], jnp.zeros(tokens.shape, bool)
+        )
+
+    def _advance(self, params: GuidedParams, stops: Array, tokens: Array) -> Array:
+        return stops if params.stop_table is None else params.stop_table[stops, tokens]
