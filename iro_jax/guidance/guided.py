@@ -12,7 +12,10 @@ from iro_jax.guidance.params import GuidedParams
 from iro_jax.guidance.policy import PolicySampler
 from iro_jax.guidance.scorers import NoScore, Scorer, Sizes
 from iro_jax.models import Network, Sampling
-from iro_jax.search import Root, SearchOutput, SelectFn, diversity_first, search
+from iro_jax.search import HostSearch, Root, SearchOutput, SelectFn, diversity_first, search
+
+_UNGUIDED = NoScore()
+_PLAIN = Sampling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,8 @@ class GuidedSearch:
     """
 
     policy: Network
-    scorer: Scorer = NoScore()
-    sampling: Sampling = Sampling()
+    scorer: Scorer = _UNGUIDED
+    sampling: Sampling = _PLAIN
     eos_ids: tuple[int, ...] = ()
     beam_width: int = 4
     num_successors: int = 4
@@ -86,8 +89,9 @@ class GuidedSearch:
             num_successors=self.num_successors,
             max_steps=self.max_steps,
         )
-        read = (tokens, mask) if scorer_prompts is None else scorer_prompts
-        scores, score_memory = self.scorer.root(params, *read, features, sizes)
+        if scorer_prompts is not None:
+            tokens, mask = scorer_prompts
+        scores, score_memory = self.scorer.root(params, tokens, mask, features, sizes)
         return Root(memory, score_memory, scores)
 
     def __call__(
@@ -96,7 +100,7 @@ class GuidedSearch:
         keys: Key[Array, " P"],
         tokens: Int[Array, "P S"],
         mask: Bool[Array, "P S"],
-        max_new_tokens: int | Int[Array, "..."] | None = None,
+        max_new_tokens: int | Int[Array, ...] | None = None,
         scorer_prompts: tuple[Any, Any] | None = None,
     ) -> SearchOutput:
         """Searches for answers.
@@ -115,23 +119,33 @@ class GuidedSearch:
         """
         if isinstance(max_new_tokens, int) and not 1 <= max_new_tokens <= self.capacity:
             raise ValueError(
-                f"max_new_tokens must be in 1..{self.capacity}, the capacity."
-                f" Got: {max_new_tokens}"
+                f"max_new_tokens must be in 1..{self.capacity}, the capacity. Got: {max_new_tokens}"
             )
         limit = self.capacity if max_new_tokens is None else max_new_tokens
         return search(
             params,
             keys,
             self.root(params, tokens, mask, scorer_prompts),
-            expand_fn=self.expand_fn,
-            score_fn=self.scorer,
-            select_fn=self.select_fn,
-            beam_width=self.beam_width,
-            num_successors=self.num_successors,
-            chunk_length=self.chunk_length,
             max_new_tokens=jnp.asarray(limit, jnp.int32),
-            capacity=self.capacity,
-            reuse_finished=self.reuse_finished,
+            **self._pieces,
         )
 
+    def on_host(self) -> HostSearch:
+        """The same search driven from Python, for scorers that need the host.
 
+        It takes `params`, keys and `root`. Keep it: it holds the compiled programs.
+        """
+        return HostSearch(observe_fn=getattr(self.scorer, "observe", None), **self._pieces)
+
+    @property
+    def _pieces(self) -> dict[str, Any]:
+        return {
+            "expand_fn": self.expand_fn,
+            "score_fn": self.scorer,
+            "select_fn": self.select_fn,
+            "beam_width": self.beam_width,
+            "num_successors": self.num_successors,
+            "chunk_length": self.chunk_length,
+            "capacity": self.capacity,
+            "reuse_finished": self.reuse_finished,
+        }

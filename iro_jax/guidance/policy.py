@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from iro_jax.guidance.params import GuidedParams
 from iro_jax.models import Cache, Network, Outputs, Sampling, draw, draw_keys
 from iro_jax.models.cache import inherit
-from iro_jax.models.network import Want
+from iro_jax.models.network import Depth, Want
 from iro_jax.models.stop import START, STOPPED
 from iro_jax.search import Chunk, Frontier
 
@@ -61,7 +61,7 @@ class PolicySampler:
     sampling: Sampling
     eos_ids: tuple[int, ...]
     chunk_length: int
-    features: tuple[Want, ...] = ()
+    features: tuple[Depth, ...] = ()
 
     def root(
         self,
@@ -72,7 +72,7 @@ class PolicySampler:
         beam_width: int,
         num_successors: int,
         max_steps: int,
-    ) -> tuple[PolicyMemory, dict[Want, Float[Array, "P D"]]]:
+    ) -> tuple[PolicyMemory, dict[Depth, Float[Array, "P D"]]]:
         """Reads prompts.
 
         Returns:
@@ -86,14 +86,10 @@ class PolicySampler:
             num_successors=num_successors,
             chunk_length=self.chunk_length,
         )
-        outputs, cache = self.network.prefill(
-            params.policy, cache, tokens, mask, want=self._want
-        )
+        outputs, cache = self.network.prefill(params.policy, cache, tokens, mask, want=self._want)
         assert outputs.hidden is not None
         lead = (tokens.shape[0], beam_width, num_successors)
-        hidden = jnp.broadcast_to(
-            outputs.hidden[:, None, None], (*lead, outputs.hidden.shape[-1])
-        )
+        hidden = jnp.broadcast_to(outputs.hidden[:, None, None], (*lead, outputs.hidden.shape[-1]))
         memory = PolicyMemory(cache, hidden, jnp.full(lead, START, jnp.int32))
         return memory, self._features(outputs)
 
@@ -156,7 +152,7 @@ class PolicySampler:
             lengths=jnp.zeros(shape, jnp.int32),
             ended=jnp.zeros(shape, bool),
             log_probs=jnp.zeros((*shape, length), jnp.float32),
-            features={name: jnp.zeros_like(memory.hidden) for name in self.features},
+            features={depth: jnp.zeros_like(memory.hidden) for depth in self.features},
         )
         alive = frontier.open & (limits > 0)
         _, _, chunk, memory = lax.while_loop(
@@ -168,11 +164,8 @@ class PolicySampler:
     def _want(self) -> tuple[Want, ...]:
         return tuple(dict.fromkeys(("hidden", *self.features)))
 
-    def _features(self, outputs: Outputs) -> dict[Want, Array]:
-        return {
-            name: outputs.hidden if name == "hidden" else outputs.layers[name]
-            for name in self.features
-        }
+    def _features(self, outputs: Outputs) -> dict[Depth, Array]:
+        return {depth: outputs.at(depth) for depth in self.features}
 
     def _is_eos(self, tokens: Int[Array, "P K B"]) -> Bool[Array, "P K B"]:
         return functools.reduce(

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from iro_jax.guidance.params import GuidedParams
 from iro_jax.models import Cache, Network, Params
 from iro_jax.models.cache import inherit
-from iro_jax.models.network import Want
+from iro_jax.models.network import Depth
 from iro_jax.search import Candidates, Scores
 from iro_jax.search.tree import take
 from iro_jax.values import Head, HeadParams, ValueMemory, ValueNetwork, ValueParams
@@ -44,16 +44,15 @@ class Scorer(Protocol):
     """A `score_fn` that can read prompts."""
 
     @property
-    def features(self) -> tuple[Want, ...]:
+    def features(self) -> tuple[Depth, ...]:
         """The policy's hidden states that it wants; see `PolicySampler`."""
-        ...
 
     def root(
         self,
         params: GuidedParams,
         tokens: Int[Array, "P S"],
         mask: Bool[Array, "P S"],
-        features: Mapping[Want, Float[Array, "P D"]],
+        features: Mapping[Depth, Float[Array, "P D"]],
         sizes: Sizes,
     ) -> tuple[Scores, Any]:
         """The scores of the bare prompts, `[P]`, and the memory."""
@@ -91,7 +90,7 @@ class ValueSum:
     """
 
     networks: tuple[ValueNetwork, ...]
-    features: tuple[Want, ...] = dataclasses.field(default=(), init=False)
+    features: tuple[Depth, ...] = dataclasses.field(default=(), init=False)
 
     def __post_init__(self):
         if not self.networks:
@@ -138,9 +137,7 @@ class ValueSum:
     ) -> tuple[Scores, tuple[ValueMemory, ...]]:
         """Scores chunks of tokens; see `ValueNetwork.extend`."""
         values, memories = [], []
-        for (network, of_network), of_memory in zip(
-            self._with_params(params), memory, strict=True
-        ):
+        for (network, of_network), of_memory in zip(self._with_params(params), memory, strict=True):
             value, extended = network.extend(of_network, of_memory, tokens, mask, kept)
             values.append(value)
             memories.append(extended)
@@ -169,7 +166,7 @@ class PolicyHeads:
     """
 
     heads: tuple[Head, ...]
-    layers: tuple[Want, ...]
+    layers: tuple[Depth, ...]
 
     def __post_init__(self):
         if not self.heads or len(self.heads) != len(self.layers):
@@ -179,7 +176,7 @@ class PolicyHeads:
             )
 
     @property
-    def features(self) -> tuple[Want, ...]:
+    def features(self) -> tuple[Depth, ...]:
         return tuple(dict.fromkeys(self.layers))
 
     def check(self, policy: Network) -> None:
@@ -199,7 +196,7 @@ class PolicyHeads:
     def __call__(self, params, candidates, memory):
         return self._scores(params, candidates.features), memory
 
-    def _scores(self, params: GuidedParams, features: Mapping[Want, Array]) -> Scores:
+    def _scores(self, params: GuidedParams, features: Mapping[Depth, Array]) -> Scores:
         groups = zip(self.heads, self.layers, params.scorer.heads, strict=True)
         values = [head(of_head, features[layer]) for head, layer, of_head in groups]
         return weighted_sum(values, params.scorer.betas)
@@ -233,7 +230,7 @@ class LogRatio:
 
     tuned: Network
     untuned: Network
-    features: tuple[Want, ...] = dataclasses.field(default=(), init=False)
+    features: tuple[Depth, ...] = dataclasses.field(default=(), init=False)
 
     def check(self, policy: Network) -> None:
         for network in (self.tuned, self.untuned):
@@ -285,7 +282,7 @@ class LogRatio:
 class NoScore:
     """Zero for everything: selection falls back on its order, or on log-probabilities."""
 
-    features: tuple[Want, ...] = dataclasses.field(default=(), init=False)
+    features: tuple[Depth, ...] = dataclasses.field(default=(), init=False)
 
     def check(self, policy: Network) -> None:
         del policy
@@ -303,9 +300,7 @@ class NoScore:
         return Scores(jnp.zeros(lead), jnp.zeros((*lead, 0)))
 
 
-def weighted_sum(
-    values: Sequence[Float[Array, "*lead Ti"]], betas: Float[Array, " T"]
-) -> Scores:
+def weighted_sum(values: Sequence[Float[Array, "*lead Ti"]], betas: Float[Array, " T"]) -> Scores:
     """Sum of V_t / beta_t (equation 8)."""
     parts = jnp.concatenate(values, axis=-1)
     return Scores(jnp.sum(parts / betas, axis=-1), parts)
@@ -354,5 +349,3 @@ def _log_likelihood(
     hidden = jnp.take_along_axis(outputs.hidden, last, axis=3)[:, :, :, 0]
     hidden = jnp.where(count[..., None] > 0, hidden, memory.hidden)
     return total, _ModelMemory(cache, hidden)
-
-

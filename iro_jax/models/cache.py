@@ -143,9 +143,7 @@ class Cache:
             self.prompt.lengths[:, None, None] + self.beams.lengths[..., None] + self.chunk.lengths
         )
 
-    def commit(
-        self, parents: Int[Array, "P K"], kept: Int[Array, "P K B"] | None = None
-    ) -> Cache:
+    def commit(self, parents: Int[Array, "P K"], kept: Int[Array, "P K B"] | None = None) -> Cache:
         """Makes the selected candidates the new beams and empties the chunk.
 
         Args:

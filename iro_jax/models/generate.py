@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import chex
 import jax
@@ -25,6 +25,7 @@ from iro_jax.models.network import Network, Params
 from iro_jax.models.sampling import Sampling, draw
 from iro_jax.models.text import (
     Conversation,
+    PromptBatch,
     TextFormat,
     bucket_length,
     check_ids,
@@ -179,6 +180,64 @@ class Completion:
     log_prob: float
 
 
+@dataclasses.dataclass(frozen=True)
+class KeyedBatch:
+    """Prompts of one bucket, ready for a compiled program.
+
+    Attributes:
+      indices: which prompts these are; further rows of the arrays are filled up.
+      prompts: what each of them is for each of its readers.
+      keys: of the rows.
+    """
+
+    indices: tuple[int, ...]
+    prompts: tuple[PromptBatch, ...]
+    keys: Key[Array, " P"]
+
+
+def name_prompts(prompts: Sequence[object], prompt_ids: Sequence[str] | None) -> list[str]:
+    """The names that draws depend on; by default the prompts' indices.
+
+    Raises:
+      ValueError: there are no prompts or one text instead of a list, or the numbers differ.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("Expected a list of prompts. Got: one text")
+    names = [str(name) for name in (range(len(prompts)) if prompt_ids is None else prompt_ids)]
+    if len(names) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts have {len(names)} prompt_ids")
+    return names
+
+
+def batch_prompts(
+    rendered: Sequence[tuple[Int[np.ndarray, " length"], ...]],
+    names: Sequence[str],
+    *,
+    seed: int,
+    batch_size: int,
+) -> Iterator[KeyedBatch]:
+    """Sorts prompts into buckets, and buckets into batches of `batch_size` rows.
+
+    Args:
+      rendered: each prompt's tokens, once for each network that reads it its own way.
+      names: of the prompts.
+      seed: of the keys.
+    """
+    buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, readings in enumerate(rendered):
+        buckets[tuple(bucket_length(len(ids)) for ids in readings)].append(index)
+    for lengths, members in sorted(buckets.items()):
+        for start in range(0, len(members), batch_size):
+            batch = members[start : start + batch_size]
+            padded = tuple(
+                pad_prompts([rendered[i][reader] for i in batch], length=length, rows=batch_size)
+                for reader, length in enumerate(lengths)
+            )
+            fill = [""] * (batch_size - len(batch))
+            keys = prompt_keys(seed, [names[i] for i in batch] + fill)
+            yield KeyedBatch(tuple(batch), padded, keys)
+
+
 class Sampler:
     """Answers text with text.
 
@@ -247,33 +306,19 @@ class Sampler:
         Raises:
           ValueError: a prompt is empty or too long; nothing has been sampled then.
         """
-        if isinstance(prompts, str):
-            raise ValueError("Expected a list of prompts. Got: one text")
-        names = [str(name) for name in (range(len(prompts)) if prompt_ids is None else prompt_ids)]
-        if len(names) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts have {len(names)} prompt_ids")
-        rendered = [self._render(index, prompt) for index, prompt in enumerate(prompts)]
-        buckets: dict[int, list[int]] = defaultdict(list)
-        for index, ids in enumerate(rendered):
-            buckets[bucket_length(len(ids))].append(index)
-
+        names = name_prompts(prompts, prompt_ids)
+        rendered = [(self._render(index, prompt),) for index, prompt in enumerate(prompts)]
         answers: dict[int, list[Completion]] = {}
         bar = tqdm(total=len(prompts), unit="prompt", disable=not progress)
-        for length, members in sorted(buckets.items()):
-            for start in range(0, len(members), self.batch_size):
-                batch = members[start : start + self.batch_size]
-                padded = pad_prompts(
-                    [rendered[i] for i in batch], length=length, rows=self.batch_size
-                )
-                fill = [""] * (self.batch_size - len(batch))
-                keys = prompt_keys(seed, [names[i] for i in batch] + fill)
-                sampled = self._generate(
-                    self.model.params, keys, padded.tokens, padded.mask, num_samples=num_samples
-                )
-                sampled = jax.device_get(sampled)
-                for row, index in enumerate(batch):
-                    answers[index] = [self._complete(sampled, row, n) for n in range(num_samples)]
-                bar.update(len(batch))
+        for batch in batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size):
+            [padded] = batch.prompts
+            sampled = self._generate(
+                self.model.params, batch.keys, padded.tokens, padded.mask, num_samples=num_samples
+            )
+            sampled = jax.device_get(sampled)
+            for row, index in enumerate(batch.indices):
+                answers[index] = [self._complete(sampled, row, n) for n in range(num_samples)]
+            bar.update(len(batch.indices))
         bar.close()
         return [answers[index] for index in range(len(prompts))]
 

@@ -31,7 +31,9 @@ from iro_jax.models.sharding import RULES, Rules, named_sharding
 from iro_jax.models.transformer import Transformer
 
 Params: TypeAlias = nnx.State
-Want = Literal["logits", "hidden", "score"] | int
+Depth = Literal["hidden"] | int
+"""Hidden states: after the final norm, or the residual stream after so many blocks."""
+Want = Literal["logits", "score"] | Depth
 _NAMED = ("logits", "hidden", "score")
 
 
@@ -52,6 +54,12 @@ class Outputs:
     hidden: Float[Array, "*batch D"] | None = None
     score: Float[Array, "*batch"] | None = None
     layers: dict[int, Float[Array, "*batch D"]] = dataclasses.field(default_factory=dict)
+
+    def at(self, depth: Depth) -> Float[Array, "*batch D"]:
+        """The hidden states that were asked for as `depth`."""
+        hidden = self.layers[depth] if isinstance(depth, int) else self.hidden
+        assert hidden is not None
+        return hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +197,7 @@ class Network:
         stream, chunk = _apply(module, tokens, positions, context, cache.chunk, adapters, before)
         return self._outputs(module, stream, want), dataclasses.replace(cache, chunk=chunk)
 
-    def logits(
-        self, params: Params, hidden: Float[Array, "*batch D"]
-    ) -> Float[Array, "*batch V"]:
+    def logits(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Next-token logits, f32, from `Outputs.hidden`."""
         return self._module(params).logits(hidden)
 
@@ -204,13 +210,13 @@ class Network:
         """From the residual stream before, between and after the layers."""
         want = (self.config.head,) if want is None else want
         depths = range(self.config.num_layers + 1)
-        layers = [item for item in want if item not in _NAMED]
-        if not want or not all(item in depths for item in layers):
+        layers = [item for item in want if isinstance(item, int)]
+        if not want or not all(item in _NAMED or item in depths for item in want):
             raise ValueError(
                 f"want must be some of {_NAMED}, or numbers of layers up to"
                 f" {self.config.num_layers}. Got: {want}"
             )
-        hidden = module.final_norm(stream[-1]) if set(want) & set(_NAMED) else None
+        hidden = module.final_norm(stream[-1])
         return Outputs(
             logits=module.logits(hidden) if "logits" in want else None,
             hidden=hidden if "hidden" in want else None,

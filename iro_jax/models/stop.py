@@ -20,9 +20,7 @@ STOPPED = -1
 """The state after a stop string; it is never left."""
 
 
-def stop_table(
-    stop_strings: Sequence[str], table: Sequence[bytes]
-) -> Int[np.ndarray, "states V"]:
+def stop_table(stop_strings: Sequence[str], table: Sequence[bytes]) -> Int[np.ndarray, "states V"]:
     """The transitions of all tokens.
 
     Args:
@@ -30,7 +28,8 @@ def stop_table(
       table: bytes of every token; see `iro_jax.models.token_bytes`.
 
     Returns:
-      The next state by state and token: `START`, a prefix, or `STOPPED`.
+      The next state by state and token: `START`, a longer prefix, or `STOPPED`. The row of
+      `STOPPED` is the last, so that it can be looked up like any other.
 
     Raises:
       ValueError: there is no stop string, or one is empty.
@@ -38,16 +37,18 @@ def stop_table(
     if isinstance(stop_strings, str) or not stop_strings or not all(stop_strings):
         raise ValueError(f"Stop strings must be a list of non-empty texts. Got: {stop_strings!r}")
     of_bytes = _byte_transitions([text.encode() for text in stop_strings])
-    num_states = of_bytes.shape[0]
-    lengths = np.array([len(token) for token in table])
-    states = np.repeat(np.arange(num_states, dtype=np.int32)[:, None], len(table), axis=1)
+    lengths = np.array([len(token) for token in table], int)
+    first = np.cumsum(lengths) - lengths
+    all_bytes = np.frombuffer(b"".join(table), np.uint8)
+    of_tokens = np.empty((len(of_bytes), len(table)), np.int32)
+    of_tokens[:] = np.arange(len(of_bytes))[:, None]
+    of_tokens[STOPPED] = STOPPED
     for place in range(lengths.max(initial=0)):
-        longer = np.flatnonzero(lengths > place)
-        bytes_here = np.array([table[token][place] for token in longer])
-        current = states[:, longer]
-        following = of_bytes[np.maximum(current, 0), bytes_here]
-        states[:, longer] = np.where(current == STOPPED, STOPPED, following)
-    return states
+        tokens = np.flatnonzero(lengths > place)
+        bytes_here = all_bytes[first[tokens] + place]
+        for states in of_tokens:
+            states[tokens] = of_bytes[states[tokens], bytes_here]
+    return of_tokens
 
 
 def cut(text: str, stop_strings: Sequence[str]) -> str:
@@ -57,17 +58,21 @@ def cut(text: str, stop_strings: Sequence[str]) -> str:
 
 
 def _byte_transitions(patterns: Sequence[bytes]) -> Int[np.ndarray, "states 256"]:
-    """The next state by state and byte. A state is a prefix of a pattern, the empty one first."""
-    prefixes = sorted({p[:n] for p in patterns for n in range(len(p))}, key=lambda p: (len(p), p))
-    number = {prefix: index for index, prefix in enumerate(prefixes)}
-
-    def following(prefix: bytes, byte: int) -> int:
-        text = prefix + bytes([byte])
-        if any(text.endswith(pattern) for pattern in patterns):
-            return STOPPED
-        suffixes = (text[start:] for start in range(len(text) + 1))
-        return next(number[suffix] for suffix in suffixes if suffix in number)
-
-    return np.array(
-        [[following(prefix, byte) for byte in range(256)] for prefix in prefixes], np.int32
-    )
+    """The next state by state and byte; shorter prefixes first, `STOPPED` last."""
+    # Whoever holds another pattern never gets to its own end, nor to a prefix with the other.
+    patterns = [p for p in patterns if not any(q in p for q in patterns if q != p)]
+    prefixes = sorted({p[:n] for p in patterns for n in range(len(p))}, key=len)
+    number = {prefix: state for state, prefix in enumerate(prefixes)}
+    number |= dict.fromkeys(patterns, STOPPED)
+    following = np.full((len(prefixes) + 1, 256), START, np.int32)
+    following[STOPPED] = STOPPED
+    longest_suffix = {START: START}
+    for state, prefix in enumerate(prefixes):
+        # What does not lengthen the prefix goes where its longest suffix would.
+        following[state] = following[longest_suffix[state]]
+        for byte in range(256):
+            longer = number.get(prefix + bytes([byte]))
+            if longer is not None:
+                longest_suffix[longer] = following[state, byte]
+                following[state, byte] = longer
+    return following

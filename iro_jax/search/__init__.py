@@ -1,5 +1,7 @@
 """Value-guided chunk search over functions: the loop, its selections, and its tree."""
 
+from iro_jax.search.choice import choose, majority
+from iro_jax.search.host import HostSearch
 from iro_jax.search.search import (
     beam_step,
     check_scores,
@@ -45,6 +47,7 @@ __all__ = [
     "ExpandFn",
     "Finalists",
     "Frontier",
+    "HostSearch",
     "Memory",
     "Pool",
     "Root",
@@ -56,10 +59,12 @@ __all__ = [
     "Trace",
     "beam_step",
     "check_scores",
+    "choose",
     "diversity_first",
     "expand_beams",
     "finalists",
     "finish",
+    "majority",
     "per_parent",
     "resample",
     "search",

@@ -22,7 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from iro_jax.search.selection import diversity_first
 from iro_jax.search.tree import finalists, ranking, sequences, take
@@ -35,8 +35,8 @@ from iro_jax.search.types import (
     Pool,
     PyTree,
     Root,
-    Scores,
     ScoreFn,
+    Scores,
     SearchOutput,
     SearchState,
     SelectFn,
@@ -55,7 +55,7 @@ def search(
     beam_width: int,
     num_successors: int,
     chunk_length: int,
-    max_new_tokens: int | Int[Array, "..."],
+    max_new_tokens: int | Int[Array, ...],
     capacity: int | None = None,
     max_steps: int | None = None,
     reuse_finished: bool = False,
@@ -254,7 +254,7 @@ def start(
     beam_width: int,
     num_successors: int,
     chunk_length: int,
-    max_new_tokens: int | Int[Array, "..."],
+    max_new_tokens: int | Int[Array, ...],
     capacity: int | None = None,
     max_steps: int | None = None,
 ) -> SearchState:
@@ -483,5 +483,3 @@ def _commit(memory: PyTree, parents: Int[Array, "P K"]) -> PyTree:
         memory,
         is_leaf=has_commit,
     )
-
-

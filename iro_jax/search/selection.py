@@ -89,7 +89,7 @@ def resample(
     weight; a finished one has a single successor, itself. The draws are systematic: their
     expected numbers are exact and vary by less than one.
     """
-    prompts, width, _ = candidates.valid.shape
+    width = _width(candidates)
     new = _flat(candidates.new)
     old = take(candidates.beams.scores.total, candidates.rows)[..., None]
     old = jnp.broadcast_to(old, candidates.new.shape)

@@ -88,9 +88,7 @@ def finalists(trace: Trace, nodes: Int[Array, "P M"], capacity: int) -> Finalist
     def write(written, path):
         tokens, log_probs, lengths = written
         step, slot = on_path(jnp.maximum(path, 0))
-        chunk_lengths = jnp.where(
-            path >= 0, at(of_candidates(trace.chunk_lengths), step, slot), 0
-        )
+        chunk_lengths = jnp.where(path >= 0, at(of_candidates(trace.chunk_lengths), step, slot), 0)
         chunk = at(of_candidates(trace.tokens), step, slot)
         chunk_log_probs = at(of_candidates(trace.token_log_probs), step, slot)
         return (

@@ -9,18 +9,12 @@ of the longest answer (`capacity`), S steps, T value functions, M finalists. Can
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
 PyTree = Any
-
-_Class = TypeVar("_Class", bound=type)
-
-
-def _pytree(cls: _Class) -> _Class:
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
 class Memory(Protocol):
@@ -31,7 +25,8 @@ class Memory(Protocol):
         ...
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """What guides the search; `lead` is `[P]`, `[P, K]`, `[P, K, B]` or `[P, M]`.
 
@@ -44,7 +39,8 @@ class Scores:
     parts: Float[Array, "*lead T"]
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Root:
     """Where the search starts: prompts that have been read.
 
@@ -60,7 +56,8 @@ class Root:
     scores: Scores
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Beams:
     """The K sequences of every prompt that survived the last selection.
 
@@ -83,7 +80,8 @@ class Beams:
     nodes: Int[Array, "P K"]
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Frontier:
     """What `expand_fn` extends.
 
@@ -103,7 +101,8 @@ class Frontier:
     memory: PyTree
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Chunk:
     """What `expand_fn` returns: B successors of every row.
 
@@ -125,7 +124,8 @@ class Chunk:
     valid: Bool[Array, "P K B"] | None = None
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Candidates:
     """The U competitors of one selection: new successors, and finished beams.
 
@@ -160,7 +160,8 @@ class Candidates:
     features: PyTree
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Trace:
     """The tree that was searched. The candidate c of step s is node `s * U + c`.
 
@@ -193,7 +194,8 @@ class Trace:
         return self.tokens.shape[2] * self.tokens.shape[3]
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Pool:
     """Finished candidates that were selected once, best first, at most U of each prompt.
 
@@ -208,7 +210,8 @@ class Pool:
     totals: Float[Array, "P U"]
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SearchState:
     """A search between two chunks.
 
@@ -238,7 +241,8 @@ class SearchState:
     nonfinite: Bool[Array, " P"]
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Finalists:
     """Complete answers.
 
@@ -261,7 +265,8 @@ class Finalists:
     valid: Bool[Array, "P M"]
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SearchOutput:
     """The result of a search.
 
@@ -290,9 +295,7 @@ class SearchOutput:
 class ExpandFn(Protocol):
     """Gives every live beam B successors of up to L tokens."""
 
-    def __call__(
-        self, params: PyTree, keys: Array, frontier: Frontier
-    ) -> tuple[Chunk, PyTree]: ...
+    def __call__(self, params: PyTree, keys: Array, frontier: Frontier) -> tuple[Chunk, PyTree]: ...
 
 
 class ScoreFn(Protocol):

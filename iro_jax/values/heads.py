@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Literal, TypeAlias
 
@@ -39,12 +40,10 @@ class Head:
         """Random hidden layers and a last layer of deviation 0.02, for T = `copies` heads."""
         sizes = (width, *self.hidden, 1)
         layers = []
-        for index, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
             last = index == len(self.hidden)
             deviation = 0.02 if last else 1 / math.sqrt(inputs)
-            noise = jax.random.normal(
-                jax.random.fold_in(key, index), (copies * inputs * outputs,)
-            )
+            noise = jax.random.normal(jax.random.fold_in(key, index), (copies * inputs * outputs,))
             layer = {"kernel": deviation * noise.reshape(copies, inputs, outputs)}
             if self.bias:
                 layer["bias"] = jnp.zeros((copies, outputs))

@@ -40,7 +40,8 @@ class ValueMemory:
 
     Attributes:
       cache: of the prefixes; with adapters, of T times the prompts, adapter by adapter.
-      kept: how many of its beam's tokens each candidate has, `[T * P, K, B]`, or None for all.
+      kept: how many of its beam's tokens each candidate has, `[T * P, K, B]`; None for all, and
+        after a commit.
     """
 
     cache: Cache
@@ -49,7 +50,7 @@ class ValueMemory:
     def commit(self, parents: Int[Array, "P K"]) -> ValueMemory:
         copies = self.cache.prompt.lengths.shape[0] // parents.shape[0]
         cache = self.cache.commit(jnp.tile(parents, (copies, 1)), self.kept)
-        return ValueMemory(cache, self.kept)
+        return ValueMemory(cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ValueNetwork:
     def _want(self) -> tuple[Want, ...]:
         if self.head is None:
             return ("score",)
-        return ("hidden",) if self.layer is None else (self.layer,)
+        return ("hidden" if self.layer is None else self.layer,)
 
     def forward(
         self,
@@ -177,10 +178,9 @@ class ValueNetwork:
             assert outputs.score is not None
             split = outputs.score.reshape(self._copies, -1, *outputs.score.shape[1:])
             return jnp.moveaxis(split, 0, -1)
-        features = outputs.hidden if self.layer is None else outputs.layers[self.layer]
-        assert features is not None and params.head is not None
+        features = outputs.at("hidden" if self.layer is None else self.layer)
+        assert params.head is not None
         if not self.adapters:
             return self.head(params.head, features)
         split = features.reshape(self._copies, -1, *features.shape[1:])
         return self.head.of_copies(params.head, split)
-

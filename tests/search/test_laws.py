@@ -39,7 +39,16 @@ def optimal_values(params, candidates, memory):
     return s.Scores(scores, scores[..., None]), memory
 
 
-def successes(vocabulary, horizon, chunk_length, width, successors, runs, seed=5000, select_fn=s.diversity_first):
+def successes(
+    vocabulary,
+    horizon,
+    chunk_length,
+    width,
+    successors,
+    runs,
+    seed=5000,
+    select_fn=s.diversity_first,
+):
     @jax.jit
     def run(prompt_keys):
         output = s.search(

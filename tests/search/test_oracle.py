@@ -164,7 +164,8 @@ def test_choices_are_the_oracles(shape, data):
 
 @pytest.mark.parametrize("has_eos", [False, True])
 @pytest.mark.parametrize(
-    "shape", [(2, 4, 8, 2, 1), (2, 6, 16, 4, 2), (3, 4, 27, 3, 1), (2, 5, 8, 8, 3), (4, 3, 16, 4, 1)]
+    "shape",
+    [(2, 4, 8, 2, 1), (2, 6, 16, 4, 2), (3, 4, 27, 3, 1), (2, 5, 8, 8, 3), (4, 3, 16, 4, 1)],
 )
 def test_an_enumerating_search_that_covers_the_tree_finds_the_optimum(shape, has_eos):
     vocabulary, horizon, width, successors, chunk_length = shape

@@ -1,0 +1,50 @@
+"""Searches of real models: policies, scorers, tokenizer bridges, and text in and out."""
+
+from iro_jax.guidance.bridge import Boundaries, Bridge, BridgedValues
+from iro_jax.guidance.guide import (
+    Guide,
+    Guided,
+    GuidedAnswer,
+    Reward,
+    same_tokenizer,
+    value_scorer,
+)
+from iro_jax.guidance.guided import GuidedSearch
+from iro_jax.guidance.params import GuidedParams
+from iro_jax.guidance.policy import PolicyMemory, PolicySampler
+from iro_jax.guidance.scorers import (
+    LogRatio,
+    LogRatioParams,
+    NoScore,
+    PolicyHeads,
+    PolicyHeadsParams,
+    Scorer,
+    Sizes,
+    ValueSum,
+    ValueSumParams,
+)
+
+__all__ = [
+    "Boundaries",
+    "Bridge",
+    "BridgedValues",
+    "Guide",
+    "Guided",
+    "GuidedAnswer",
+    "GuidedParams",
+    "GuidedSearch",
+    "LogRatio",
+    "LogRatioParams",
+    "NoScore",
+    "PolicyHeads",
+    "PolicyHeadsParams",
+    "PolicyMemory",
+    "PolicySampler",
+    "Reward",
+    "Scorer",
+    "Sizes",
+    "ValueSum",
+    "ValueSumParams",
+    "same_tokenizer",
+    "value_scorer",
+]

@@ -1,0 +1,371 @@
+"""Guided answers from text to text.
+
+`Guide` renders prompts, sorts them into buckets, runs a `GuidedSearch` on each batch, and
+lets a reward, the values or a vote pick the answer. `value_scorer` makes a scorer from
+checkpoints, with a bridge where their tokenizer is not the policy's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from iro_jax.guidance.bridge import Bridge, BridgedValues
+from iro_jax.guidance.guided import GuidedSearch
+from iro_jax.guidance.params import GuidedParams
+from iro_jax.guidance.scorers import (
+    LogRatio,
+    NoScore,
+    Scorer,
+    ValueSum,
+    ValueSumParams,
+)
+from iro_jax.models import Conversation, Network, Pretrained, Sampling, TextFormat, render
+from iro_jax.models.generate import KeyedBatch, batch_prompts, name_prompts
+from iro_jax.models.stop import cut, stop_table
+from iro_jax.models.text import check_ids, end_of_turn
+from iro_jax.models.token_bytes import token_bytes
+from iro_jax.search import SearchOutput, SelectFn, check_scores, diversity_first, majority
+from iro_jax.values import ValueNetwork, ValueParams
+
+Reward: TypeAlias = Callable[[Sequence[Conversation], Sequence[str]], Sequence[float]]
+"""From prompts and their answers, one each, to one number each."""
+
+Selection = Literal["reward", "value", "majority"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedAnswer:
+    """One finalist as text.
+
+    Attributes:
+      text: the answer without special tokens, cut before a stop string.
+      tokens: its ids, EOS included.
+      finished: whether it ended by itself.
+      log_prob: under the policy, summed over tokens, in nats.
+      score: what guided the search, at the last token.
+      values: of every value function, at the last token.
+      reward: where a reward picks the answer.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+    log_prob: float
+    score: float
+    values: tuple[float, ...]
+    reward: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Guided:
+    """What a search found for one prompt.
+
+    Attributes:
+      answers: the finalists, the chosen one first.
+      num_tokens: tokens that were sampled.
+      num_queries: value functions that were asked, a candidate and a value function at a time.
+    """
+
+    answers: tuple[GuidedAnswer, ...]
+    num_tokens: int
+    num_queries: int
+
+    @property
+    def text(self) -> str:
+        """The chosen answer."""
+        return self.answers[0].text
+
+
+class Guide:
+    """Answers text with text, guided.
+
+    Args:
+      policy: the frozen model with its tokenizer.
+      scorer: what guides it, and `scorer_params`, its parameters.
+      scorer_tokenizer: for prompts, if the scorer reads them with another tokenizer.
+      sampling: how the policy's tokens are drawn.
+      beam_width, num_successors, chunk_length: K, B and L.
+      max_new_tokens: longest answer, in tokens.
+      select_fn: which candidates survive.
+      final_selection: what picks the answer.
+      reward: for `final_selection="reward"`.
+      vote: for `final_selection="majority"`: what an answer says, for example the number in
+        its last line, or None if it says nothing.
+      stop_strings: texts that end an answer.
+      batch_size: prompts a program call; incomplete batches are filled up.
+      text_format: how prompts are rendered. Its `max_length` is lowered to what the models'
+        contexts leave beside the answer.
+      driver: `program` runs a whole search as one program, `host` a program a chunk;
+        `auto` takes `host` where a bridge is needed and the platform is not the CPU.
+    """
+
+    def __init__(
+        self,
+        policy: Pretrained,
+        scorer: Scorer = NoScore(),
+        scorer_params: object = None,
+        *,
+        scorer_tokenizer: PreTrainedTokenizerBase | None = None,
+        sampling: Sampling = Sampling(),
+        beam_width: int = 4,
+        num_successors: int = 4,
+        chunk_length: int = 16,
+        max_new_tokens: int = 256,
+        select_fn: SelectFn = diversity_first,
+        final_selection: Selection = "value",
+        reward: Reward | None = None,
+        vote: Callable[[str], Hashable | None] | None = None,
+        stop_strings: Sequence[str] = (),
+        batch_size: int = 8,
+        text_format: TextFormat = TextFormat(),
+        driver: Literal["auto", "program", "host"] = "auto",
+    ):
+        if policy.tokenizer is None:
+            raise ValueError(f"{policy.origin}: there is no tokenizer to read prompts with")
+        if final_selection not in ("reward", "value", "majority"):
+            raise ValueError(
+                f"final_selection must be 'reward', 'value' or 'majority'. Got: {final_selection!r}"
+            )
+        if (final_selection == "reward") != (reward is not None):
+            raise ValueError("final_selection='reward' and a reward belong together")
+        if (final_selection == "majority") != (vote is not None):
+            raise ValueError("final_selection='majority' and a vote belong together")
+        if driver not in ("auto", "program", "host"):
+            raise ValueError(f"driver must be 'auto', 'program' or 'host'. Got: {driver!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1. Got: {batch_size}")
+        if isinstance(scorer, BridgedValues) != (scorer_tokenizer is not None):
+            raise ValueError("A scorer with a bridge and a scorer_tokenizer belong together")
+        self.policy = policy
+        self.tokenizer: PreTrainedTokenizerBase = policy.tokenizer
+        self.scorer_tokenizer = scorer_tokenizer
+        self.batch_size = batch_size
+        self.final_selection = final_selection
+        self.reward, self.vote = reward, vote
+        self.stop_strings = tuple(stop_strings)
+        self.search = GuidedSearch(
+            policy=policy.network,
+            scorer=scorer,
+            sampling=sampling,
+            eos_ids=tuple(policy.eos_ids),
+            beam_width=beam_width,
+            num_successors=num_successors,
+            chunk_length=chunk_length,
+            capacity=max_new_tokens,
+            select_fn=select_fn,
+        )
+        table = None
+        if self.stop_strings:
+            of_tokens = token_bytes(self.tokenizer, policy.network.config.vocab_size)
+            table = jnp.asarray(stop_table(self.stop_strings, of_tokens))
+        self.params = GuidedParams(policy.params, scorer_params, table)
+        room = min(n.config.context_length for n in _networks(self.search)) - max_new_tokens
+        if room < 1:
+            raise ValueError(
+                "max_new_tokens must leave room for a prompt in the context of every network."
+                f" Got: max_new_tokens={max_new_tokens}, {room + max_new_tokens} tokens"
+            )
+        limit = room if text_format.max_length is None else min(room, text_format.max_length)
+        self.text_format = dataclasses.replace(text_format, max_length=limit)
+        off_program = isinstance(scorer, BridgedValues) and jax.default_backend() != "cpu"
+        self._from_host = driver == "host" or (driver == "auto" and off_program)
+        self._compile()
+
+    def __call__(
+        self,
+        prompts: Sequence[Conversation],
+        *,
+        seed: int = 0,
+        prompt_ids: Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> list[Guided]:
+        """Answers prompts.
+
+        Args:
+          prompts: raw prompts or conversations.
+          seed: of all draws.
+          prompt_ids: names that the draws depend on; by default the prompts' indices.
+          progress: whether to show a bar.
+
+        Raises:
+          ValueError: a prompt is empty or too long (nothing has been sampled then), or a
+            score or reward is not finite.
+        """
+        names = name_prompts(prompts, prompt_ids)
+        rendered = [self._render(index, prompt) for index, prompt in enumerate(prompts)]
+        found: dict[int, Guided] = {}
+        bar = tqdm(total=len(prompts), unit="prompt", disable=not progress)
+        for batch in batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size):
+            output = jax.device_get(self._search_batch(batch))
+            for row, index in enumerate(batch.indices):
+                found[index] = self._choose(prompts[index], output, row)
+            bar.update(len(batch.indices))
+        bar.close()
+        return [found[index] for index in range(len(prompts))]
+
+    def _compile(self) -> None:
+        if not self._from_host:
+            self._run: Callable[..., SearchOutput] = jax.jit(self.search)
+            return
+        read, search = jax.jit(self.search.root), self.search.on_host()
+
+        def run(params, keys, tokens, mask, limit, foreign):
+            root = read(params, tokens, mask, foreign)
+            return search(params, keys, root, max_new_tokens=limit, check=False)
+
+        self._run = run
+
+    def _search_batch(self, batch: KeyedBatch) -> SearchOutput:
+        own, *others = [(prompts.tokens, prompts.mask) for prompts in batch.prompts]
+        foreign = others[0] if others else None
+        # Rows that fill the batch up must not keep it waiting.
+        limit = np.ones(self.batch_size, np.int32)
+        limit[: len(batch.indices)] = self.search.capacity
+        while True:
+            output = self._run(self.params, batch.keys, *own, jnp.asarray(limit), foreign)
+            if not self._widen(output):
+                check_scores(output)
+                return output
+
+    def _widen(self, output: SearchOutput) -> bool:
+        """Gives the bridge more slots if it had too few for this batch."""
+        scorer = self.search.scorer
+        jax.block_until_ready(output.nonfinite)
+        if not isinstance(scorer, BridgedValues) or not scorer.bridge.overflowed:
+            return False
+        scorer = dataclasses.replace(scorer, bridge=scorer.bridge.widened())
+        self.search = dataclasses.replace(self.search, scorer=scorer)
+        self._compile()
+        return True
+
+    def _render(self, index: int, prompt: Conversation) -> tuple[np.ndarray, ...]:
+        readers = [(self.tokenizer, self.policy.network)]
+        if self.scorer_tokenizer is not None:
+            readers.append((self.scorer_tokenizer, _networks(self.search)[-1]))
+        try:
+            rendered = tuple(
+                render(tokenizer, prompt, text_format=self.text_format) for tokenizer, _ in readers
+            )
+            for ids, (_, network) in zip(rendered, readers, strict=True):
+                check_ids(ids, network.config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"Prompt {index}: {error}") from error
+        return rendered
+
+    def _choose(self, prompt: Conversation, output: SearchOutput, row: int) -> Guided:
+        ranked = [i for i in output.ranking[row] if output.finalists.valid[row, i]]
+        answers = [self._answer(output, row, i) for i in ranked]
+        if self.reward is not None:
+            rewards = [
+                float(reward)
+                for reward in self.reward([prompt] * len(answers), [a.text for a in answers])
+            ]
+            if any(math.isnan(reward) for reward in rewards):
+                raise ValueError(f"A reward must be a number. Got: NaN for an answer to {prompt!r}")
+            rewarded = [
+                dataclasses.replace(answer, reward=reward)
+                for answer, reward in zip(answers, rewards, strict=True)
+            ]
+            order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
+            answers = [rewarded[i] for i in order]
+        if self.vote is not None:
+            votes = [self.vote(answer.text) for answer in answers]
+            answers = [answers[i] for i in majority(votes)]
+        return Guided(tuple(answers), int(output.num_tokens[row]), int(output.num_queries[row]))
+
+    def _answer(self, output: SearchOutput, row: int, entry: int) -> GuidedAnswer:
+        found = output.finalists
+        tokens = tuple(map(int, found.tokens[row, entry, : found.lengths[row, entry]]))
+        return GuidedAnswer(
+            text=cut(self.tokenizer.decode(tokens, skip_special_tokens=True), self.stop_strings),
+            tokens=tokens,
+            finished=bool(found.ended[row, entry]),
+            log_prob=float(found.log_probs[row, entry].sum()),
+            score=float(found.scores.total[row, entry]),
+            values=tuple(map(float, found.scores.parts[row, entry])),
+        )
+
+
+def value_scorer(
+    policy: Pretrained,
+    models: Sequence[Pretrained],
+    betas: Sequence[float],
+    *,
+    networks: Sequence[tuple[ValueNetwork, ValueParams]] | None = None,
+    chunk_length: int = 16,
+    chat: bool = False,
+) -> tuple[Scorer, ValueSumParams, PreTrainedTokenizerBase | None]:
+    """A scorer from checkpoints: the sum of V_t / beta_t.
+
+    Args:
+      policy: the model to guide.
+      models: value functions, all with one tokenizer; score networks, unless `networks`
+        says how each of them becomes a value network.
+      betas: beta_t of every value function.
+      networks: value networks and their parameters, in the order of `models`.
+      chunk_length: L of the search, from which a bridge's first guess of its slots comes.
+      chat: whether prompts are conversations, whose answers end with the template's token.
+
+    Returns:
+      The scorer, its parameters, and the tokenizer it reads prompts with if that is not the
+      policy's: the arguments of `Guide`.
+
+    Raises:
+      ValueError: tokenizers are missing or differ between the models, or betas are not
+        positive numbers, one for each value function.
+    """
+    if networks is None:
+        networks = [(ValueNetwork(model.network), ValueParams(model.params)) for model in models]
+    values = ValueSum(tuple(network for network, _ in networks))
+    if len(betas) != values.num_values or not all(0 < beta < float("inf") for beta in betas):
+        raise ValueError(
+            f"betas must be {values.num_values} positive numbers, one for each value function."
+            f" Got: {list(betas)}"
+        )
+    params = ValueSumParams(tuple(p for _, p in networks), jnp.asarray(betas, jnp.float32))
+    own, *others = [_tokenizer(model) for model in models]
+    if any(not same_tokenizer(own, other) for other in others):
+        raise ValueError("The value functions of one scorer need one tokenizer. Got: several")
+    of_policy = _tokenizer(policy)
+    if same_tokenizer(of_policy, own):
+        return values, params, None
+    bridge = Bridge(
+        token_bytes(of_policy, policy.network.config.vocab_size),
+        policy.eos_ids,
+        own,
+        end_of_turn(own, chat=chat),
+        vocab_size=models[0].network.config.vocab_size,
+        slots=2 * chunk_length,
+    )
+    return BridgedValues(values, bridge), params, own
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give every token the same id."""
+    return a is b or a.get_vocab() == b.get_vocab()
+
+
+def _tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
+    if model.tokenizer is None:
+        raise ValueError(f"{model.origin}: there is no tokenizer")
+    return model.tokenizer
+
+
+def _networks(search: GuidedSearch) -> list[Network]:
+    scorer = search.scorer
+    if isinstance(scorer, BridgedValues):
+        scorer = scorer.values
+    if isinstance(scorer, ValueSum):
+        return [search.policy, *(network.network for network in scorer.networks)]
+    if isinstance(scorer, LogRatio):
+        return [search.policy, scorer.tuned, scorer.untuned]
+    return [search.policy]
