@@ -80,14 +80,29 @@ def imports_of(path):
             yield node.module
 
 
+ROOMS = {
+    "models": {"models"},
+    "search": {"search"},
+    "values": {"values", "models"},
+    "guidance": {"guidance", "search", "values", "models"},
+}
+
+
 def test_imports_point_down():
     """The library knows nothing of experiments or configs, and never reads with torch."""
     for path in (ROOT / "iro_jax").rglob("*.py"):
         for name in imports_of(path):
             top = name.split(".")[0]
             assert top not in ("experiments", "configs", "torch", "pickle"), (path, name)
-            if path.is_relative_to(ROOT / "iro_jax" / "models") and top == "iro_jax":
-                assert name.startswith("iro_jax.models"), (path, name)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_knows_only_those_below(room):
+    """The search knows models only through the functions that are handed to it."""
+    for path in (ROOT / "iro_jax" / room).rglob("*.py"):
+        for name in imports_of(path):
+            if name.startswith("iro_jax."):
+                assert name.split(".")[1] in ROOMS[room], (path, name)
 
 
 def test_importing_the_library_does_not_import_torch():

@@ -72,7 +72,7 @@ class PolicySampler:
         beam_width: int,
         num_successors: int,
         max_steps: int,
-    ) -> tuple[PolicyMemory, dict[Depth, Float[Array, "P D"]]]:
+    ) -> tuple[PolicyMemory, tuple[Float[Array, "P D"], ...]]:
         """Reads prompts.
 
         Returns:
@@ -152,7 +152,7 @@ class PolicySampler:
             lengths=jnp.zeros(shape, jnp.int32),
             ended=jnp.zeros(shape, bool),
             log_probs=jnp.zeros((*shape, length), jnp.float32),
-            features={depth: jnp.zeros_like(memory.hidden) for depth in self.features},
+            features=tuple(jnp.zeros_like(memory.hidden) for _ in self.features),
         )
         alive = frontier.open & (limits > 0)
         _, _, chunk, memory = lax.while_loop(
@@ -164,8 +164,8 @@ class PolicySampler:
     def _want(self) -> tuple[Want, ...]:
         return tuple(dict.fromkeys(("hidden", *self.features)))
 
-    def _features(self, outputs: Outputs) -> dict[Depth, Array]:
-        return {depth: outputs.at(depth) for depth in self.features}
+    def _features(self, outputs: Outputs) -> tuple[Array, ...]:
+        return tuple(outputs.at(depth) for depth in self.features)
 
     def _is_eos(self, tokens: Int[Array, "P K B"]) -> Bool[Array, "P K B"]:
         return functools.reduce(

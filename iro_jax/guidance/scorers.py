@@ -13,7 +13,7 @@ Letters: P prompts, K beams, B successors, L chunk tokens, T value functions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -52,7 +52,7 @@ class Scorer(Protocol):
         params: GuidedParams,
         tokens: Int[Array, "P S"],
         mask: Bool[Array, "P S"],
-        features: Mapping[Depth, Float[Array, "P D"]],
+        features: tuple[Float[Array, "P D"], ...],
         sizes: Sizes,
     ) -> tuple[Scores, Any]:
         """The scores of the bare prompts, `[P]`, and the memory."""
@@ -196,9 +196,10 @@ class PolicyHeads:
     def __call__(self, params, candidates, memory):
         return self._scores(params, candidates.features), memory
 
-    def _scores(self, params: GuidedParams, features: Mapping[Depth, Array]) -> Scores:
+    def _scores(self, params: GuidedParams, features: tuple[Array, ...]) -> Scores:
+        by_layer = dict(zip(self.features, features, strict=True))
         groups = zip(self.heads, self.layers, params.scorer.heads, strict=True)
-        values = [head(of_head, features[layer]) for head, layer, of_head in groups]
+        values = [head(of_head, by_layer[layer]) for head, layer, of_head in groups]
         return weighted_sum(values, params.scorer.betas)
 
 

@@ -270,7 +270,7 @@ def start(
         "capacity": capacity,
     }
     if isinstance(max_new_tokens, int):
-        sizes["max_new_tokens"] = max_new_tokens
+        sizes = {"max_new_tokens": max_new_tokens} | sizes
     if max_steps is None:
         max_steps = -(-max(capacity, 0) // max(chunk_length, 1))
     sizes["max_steps"] = max_steps

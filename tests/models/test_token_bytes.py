@@ -22,7 +22,7 @@ TEXTS = [
     "Hello  world, it's 3.14159 o'clock",
     "naïve café Ærøskøbing e\u0301",
     "🤗 👩‍👩‍👧 🇩🇪 🫠",
-    "你好，世界。日本語のテキスト 한국어 ไทย",
+    "你好、世界。日本語のテキスト 한국어 ไทย",
     "def f(x):\n\treturn {\n        'a': [1, 22, 333],\n    }\r\n\n\n\n",
     "   ",
     " leading and trailing \t",
@@ -187,8 +187,18 @@ def test_added_runs_of_spaces_are_spaces():
     """Gemma's published tokenizer lists them among its added tokens."""
     tokenizer = gemma_like()
     tokenizer.add_tokens(AddedToken("\u2581\u2581", normalized=False))
-    assert tokenizer.convert_tokens_to_ids("\u2581\u2581") in tokenizer.added_tokens_decoder
-    assert joined(tokenizer, "he  he") == "he  he"
+    added = tokenizer.convert_tokens_to_ids("\u2581\u2581")
+    assert added in tokenizer.added_tokens_decoder
+    assert added in tokenizer("l  l")["input_ids"]
+    assert joined(tokenizer, "l  l") == "l  l"
+
+
+def test_byte_level_tokens_that_are_not_spelt_in_bytes_are_text():
+    backend = Tokenizer(models.BPE({"a": 0, "\u0120a": 1, "日": 2, "a b": 3}, []))
+    backend.decoder = decoders.ByteLevel()
+    table = token_bytes(wrap(backend), 4)
+    assert [token.decode() for token in table] == ["a", " a", "日", "a b"]
+    assert [backend.decode([token]) for token in range(4)] == ["a", " a", "日", "a b"]
 
 
 def test_byte_tokens_are_text_where_nothing_falls_back_on_them():
@@ -207,9 +217,9 @@ def test_ids_without_a_token_stand_for_nothing():
 
 def test_other_kinds_are_refused():
     tokenizer = sentencepiece(decoder=decoders.BPEDecoder(suffix="</w>"))
-    with pytest.raises(ValueError, match="decode by \\['BPEDecoder'\\] are not understood"):
+    with pytest.raises(ValueError, match=r"decode by \['BPEDecoder'\] are not understood"):
         token_bytes(tokenizer, 300)
-    with pytest.raises(ValueError, match="Only fast tokenizers.*Got: ByT5Tokenizer"):
+    with pytest.raises(ValueError, match=r"Only fast tokenizers.*Got: ByT5Tokenizer"):
         token_bytes(ByT5Tokenizer(), 300)
 
 
