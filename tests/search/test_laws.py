@@ -194,6 +194,7 @@ def state_tilted(problem, values):
 NUMBERS = (16, 64, 256, 1024, 4096)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("select_fn", "successors", "target", "other"),
     [
