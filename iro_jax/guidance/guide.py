@@ -8,16 +8,22 @@ checkpoints, with a bridge where their tokenizer is not the policy's.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from iro_jax.guidance.answers import (
+    FinalChoice,
+    Guided,
+    Reward,
+    Selection,
+    Vote,
+    answer_batches,
+)
 from iro_jax.guidance.bridge import Bridge, BridgedValues
 from iro_jax.guidance.guided import GuidedSearch
 from iro_jax.guidance.params import GuidedParams
@@ -33,56 +39,8 @@ from iro_jax.models.generate import KeyedBatch, batch_prompts, name_prompts
 from iro_jax.models.stop import cut, stop_table
 from iro_jax.models.text import check_ids, end_of_turn
 from iro_jax.models.token_bytes import token_bytes
-from iro_jax.search import SearchOutput, SelectFn, check_scores, diversity_first, majority
+from iro_jax.search import SearchOutput, SelectFn, check_scores, diversity_first
 from iro_jax.values import ValueNetwork, ValueParams
-
-Reward: TypeAlias = Callable[[Sequence[Conversation], Sequence[str]], Sequence[float]]
-"""From prompts and their answers, one each, to one number each."""
-
-Selection = Literal["reward", "value", "majority"]
-
-
-@dataclasses.dataclass(frozen=True)
-class GuidedAnswer:
-    """One finalist as text.
-
-    Attributes:
-      text: the answer without special tokens, cut before a stop string.
-      tokens: its ids, EOS included.
-      finished: whether it ended by itself.
-      log_prob: under the policy, summed over tokens, in nats.
-      score: what guided the search, at the last token.
-      values: of every value function, at the last token.
-      reward: where a reward picks the answer.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finished: bool
-    log_prob: float
-    score: float
-    values: tuple[float, ...]
-    reward: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Guided:
-    """What a search found for one prompt.
-
-    Attributes:
-      answers: the finalists, the chosen one first.
-      num_tokens: tokens that were sampled.
-      num_queries: value functions that were asked, a candidate and a value function at a time.
-    """
-
-    answers: tuple[GuidedAnswer, ...]
-    num_tokens: int
-    num_queries: int
-
-    @property
-    def text(self) -> str:
-        """The chosen answer."""
-        return self.answers[0].text
 
 
 class Guide:
@@ -123,7 +81,7 @@ class Guide:
         select_fn: SelectFn = diversity_first,
         final_selection: Selection = "value",
         reward: Reward | None = None,
-        vote: Callable[[str], Hashable | None] | None = None,
+        vote: Vote | None = None,
         stop_strings: Sequence[str] = (),
         batch_size: int = 8,
         text_format: TextFormat = TextFormat(),
@@ -131,14 +89,6 @@ class Guide:
     ):
         if policy.tokenizer is None:
             raise ValueError(f"{policy.origin}: there is no tokenizer to read prompts with")
-        if final_selection not in ("reward", "value", "majority"):
-            raise ValueError(
-                f"final_selection must be 'reward', 'value' or 'majority'. Got: {final_selection!r}"
-            )
-        if (final_selection == "reward") != (reward is not None):
-            raise ValueError("final_selection='reward' and a reward belong together")
-        if (final_selection == "majority") != (vote is not None):
-            raise ValueError("final_selection='majority' and a vote belong together")
         if driver not in ("auto", "program", "host"):
             raise ValueError(f"driver must be 'auto', 'program' or 'host'. Got: {driver!r}")
         if batch_size < 1:
@@ -149,8 +99,7 @@ class Guide:
         self.tokenizer: PreTrainedTokenizerBase = policy.tokenizer
         self.scorer_tokenizer = scorer_tokenizer
         self.batch_size = batch_size
-        self.final_selection = final_selection
-        self.reward, self.vote = reward, vote
+        self.final_choice = FinalChoice(final_selection, reward, vote)
         self.stop_strings = tuple(stop_strings)
         self.search = GuidedSearch(
             policy=policy.network,
@@ -165,8 +114,9 @@ class Guide:
         )
         table = None
         if self.stop_strings:
-            of_tokens = token_bytes(self.tokenizer, policy.network.config.vocab_size)
-            table = jnp.asarray(stop_table(self.stop_strings, of_tokens))
+            vocabulary = policy.network.config.vocab_size
+            self._token_bytes = token_bytes(self.tokenizer, vocabulary)
+            table = jnp.asarray(stop_table(self.stop_strings, self._token_bytes))
         self.params = GuidedParams(policy.params, scorer_params, table)
         room = min(n.config.context_length for n in _networks(self.search)) - max_new_tokens
         if room < 1:
@@ -202,15 +152,16 @@ class Guide:
         """
         names = name_prompts(prompts, prompt_ids)
         rendered = [self._render(index, prompt) for index, prompt in enumerate(prompts)]
-        found: dict[int, Guided] = {}
-        bar = tqdm(total=len(prompts), unit="prompt", disable=not progress)
-        for batch in batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size):
+        batches = batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size)
+
+        def answer(batch: KeyedBatch) -> list[Guided]:
             output = jax.device_get(self._search_batch(batch))
-            for row, index in enumerate(batch.indices):
-                found[index] = self._choose(prompts[index], output, row)
-            bar.update(len(batch.indices))
-        bar.close()
-        return [found[index] for index in range(len(prompts))]
+            return [
+                self.final_choice(prompts[index], output, row, self._read)
+                for row, index in enumerate(batch.indices)
+            ]
+
+        return answer_batches(batches, answer, len(prompts), progress=progress)
 
     def _compile(self) -> None:
         if not self._from_host:
@@ -261,38 +212,14 @@ class Guide:
             raise ValueError(f"Prompt {index}: {error}") from error
         return rendered
 
-    def _choose(self, prompt: Conversation, output: SearchOutput, row: int) -> Guided:
-        ranked = [i for i in output.ranking[row] if output.finalists.valid[row, i]]
-        answers = [self._answer(output, row, i) for i in ranked]
-        if self.reward is not None:
-            rewards = [
-                float(reward)
-                for reward in self.reward([prompt] * len(answers), [a.text for a in answers])
-            ]
-            if any(math.isnan(reward) for reward in rewards):
-                raise ValueError(f"A reward must be a number. Got: NaN for an answer to {prompt!r}")
-            rewarded = [
-                dataclasses.replace(answer, reward=reward)
-                for answer, reward in zip(answers, rewards, strict=True)
-            ]
-            order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
-            answers = [rewarded[i] for i in order]
-        if self.vote is not None:
-            votes = [self.vote(answer.text) for answer in answers]
-            answers = [answers[i] for i in majority(votes)]
-        return Guided(tuple(answers), int(output.num_tokens[row]), int(output.num_queries[row]))
-
-    def _answer(self, output: SearchOutput, row: int, entry: int) -> GuidedAnswer:
-        found = output.finalists
-        tokens = tuple(map(int, found.tokens[row, entry, : found.lengths[row, entry]]))
-        return GuidedAnswer(
-            text=cut(self.tokenizer.decode(tokens, skip_special_tokens=True), self.stop_strings),
-            tokens=tokens,
-            finished=bool(found.ended[row, entry]),
-            log_prob=float(found.log_probs[row, entry].sum()),
-            score=float(found.scores.total[row, entry]),
-            values=tuple(map(float, found.scores.parts[row, entry])),
-        )
+    def _read(self, tokens: tuple[int, ...]) -> str:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if not self.stop_strings:
+            return text
+        # Some tokenizers drop a leading space, with which a stop string may begin.
+        starts = b"".join(self._token_bytes[token] for token in tokens)[:1]
+        dropped = " " if starts == b" " and not text.startswith(" ") else ""
+        return cut(dropped + text, self.stop_strings).removeprefix(dropped)
 
 
 def value_scorer(
@@ -323,18 +250,7 @@ def value_scorer(
       ValueError: tokenizers are missing or differ between the models, or betas are not
         positive numbers, one for each value function.
     """
-    if networks is None:
-        networks = [(ValueNetwork(model.network), ValueParams(model.params)) for model in models]
-    values = ValueSum(tuple(network for network, _ in networks))
-    if len(betas) != values.num_values or not all(0 < beta < float("inf") for beta in betas):
-        raise ValueError(
-            f"betas must be {values.num_values} positive numbers, one for each value function."
-            f" Got: {list(betas)}"
-        )
-    params = ValueSumParams(tuple(p for _, p in networks), jnp.asarray(betas, jnp.float32))
-    own, *others = [_tokenizer(model) for model in models]
-    if any(not same_tokenizer(own, other) for other in others):
-        raise ValueError("The value functions of one scorer need one tokenizer. Got: several")
+    values, params, own = value_sum(models, betas, networks)
     of_policy = _tokenizer(policy)
     if same_tokenizer(of_policy, own):
         return values, params, None
@@ -347,6 +263,30 @@ def value_scorer(
         slots=2 * chunk_length,
     )
     return BridgedValues(values, bridge), params, own
+
+
+def value_sum(
+    models: Sequence[Pretrained],
+    betas: Sequence[float],
+    networks: Sequence[tuple[ValueNetwork, ValueParams]] | None = None,
+) -> tuple[ValueSum, ValueSumParams, PreTrainedTokenizerBase]:
+    """The sum of V_t / beta_t, its parameters, and the tokenizer of its networks.
+
+    The arguments, and what is wrong with them, are those of `value_scorer`.
+    """
+    if networks is None:
+        networks = [(ValueNetwork(model.network), ValueParams(model.params)) for model in models]
+    values = ValueSum(tuple(network for network, _ in networks))
+    if len(betas) != values.num_values or not all(0 < beta < float("inf") for beta in betas):
+        raise ValueError(
+            f"betas must be {values.num_values} positive numbers, one for each value function."
+            f" Got: {list(betas)}"
+        )
+    params = ValueSumParams(tuple(p for _, p in networks), jnp.asarray(betas, jnp.float32))
+    own, *others = [_tokenizer(model) for model in models]
+    if any(not same_tokenizer(own, other) for other in others):
+        raise ValueError("The value functions of one scorer need one tokenizer. Got: several")
+    return values, params, own
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:

@@ -100,7 +100,7 @@ class GuidedSearch:
         keys: Key[Array, " P"],
         tokens: Int[Array, "P S"],
         mask: Bool[Array, "P S"],
-        max_new_tokens: int | Int[Array, ...] | None = None,
+        max_new_tokens: int | Int[Array, "*lead"] | None = None,
         scorer_prompts: tuple[Any, Any] | None = None,
     ) -> SearchOutput:
         """Searches for answers.

@@ -91,7 +91,7 @@ class HostSearch:
         keys: Key[Array, " P"],
         root: Root,
         *,
-        max_new_tokens: int | Int[Array, ...] | None = None,
+        max_new_tokens: int | Int[Array, "*lead"] | None = None,
         on_step: Callable[[SearchState], None] | None = None,
         check: bool = True,
     ) -> SearchOutput:

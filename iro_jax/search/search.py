@@ -55,7 +55,7 @@ def search(
     beam_width: int,
     num_successors: int,
     chunk_length: int,
-    max_new_tokens: int | Int[Array, ...],
+    max_new_tokens: int | Int[Array, "*lead"],
     capacity: int | None = None,
     max_steps: int | None = None,
     reuse_finished: bool = False,
@@ -254,7 +254,7 @@ def start(
     beam_width: int,
     num_successors: int,
     chunk_length: int,
-    max_new_tokens: int | Int[Array, ...],
+    max_new_tokens: int | Int[Array, "*lead"],
     capacity: int | None = None,
     max_steps: int | None = None,
 ) -> SearchState:

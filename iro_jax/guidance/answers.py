@@ -1,0 +1,165 @@
+"""What a guided search of text returns, and what picks the answer among its finalists.
+
+Shared by `Guide`, whose policy is a network, and `ApiGuide`, whose policy is a server.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Literal, TypeAlias
+
+from tqdm.auto import tqdm
+
+from iro_jax.models import Conversation
+from iro_jax.models.generate import KeyedBatch
+from iro_jax.search import SearchOutput, majority
+
+Reward: TypeAlias = Callable[[Sequence[Conversation], Sequence[str]], Sequence[float]]
+"""From prompts and their answers, one each, to one number each."""
+
+Vote: TypeAlias = Callable[[str], Hashable | None]
+"""What an answer says, or None if it says nothing."""
+
+Selection = Literal["reward", "value", "majority"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedAnswer:
+    """One finalist as text.
+
+    Attributes:
+      text: the answer without special tokens, cut before a stop string.
+      tokens: its ids, EOS included.
+      finished: whether it ended by itself.
+      log_prob: under the policy, summed over tokens, in nats.
+      score: what guided the search, at the last token.
+      values: of every value function, at the last token.
+      reward: where a reward picks the answer.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+    log_prob: float
+    score: float
+    values: tuple[float, ...]
+    reward: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Guided:
+    """What a search found for one prompt.
+
+    Attributes:
+      answers: the finalists, the chosen one first.
+      num_tokens: tokens that were sampled.
+      num_queries: value functions that were asked, a candidate and a value function at a time.
+    """
+
+    answers: tuple[GuidedAnswer, ...]
+    num_tokens: int
+    num_queries: int
+
+    @property
+    def text(self) -> str:
+        """The chosen answer."""
+        return self.answers[0].text
+
+
+@dataclasses.dataclass(frozen=True)
+class FinalChoice:
+    """What picks the answer; the arguments of the guides.
+
+    Attributes:
+      selection: `value` leaves the finalists as the search has ranked them.
+      reward: for `selection="reward"`.
+      vote: for `selection="majority"`.
+    """
+
+    selection: Selection = "value"
+    reward: Reward | None = None
+    vote: Vote | None = None
+
+    def __post_init__(self):
+        if self.selection not in ("reward", "value", "majority"):
+            raise ValueError(
+                f"final_selection must be 'reward', 'value' or 'majority'. Got: {self.selection!r}"
+            )
+        if (self.selection == "reward") != (self.reward is not None):
+            raise ValueError("final_selection='reward' and a reward belong together")
+        if (self.selection == "majority") != (self.vote is not None):
+            raise ValueError("final_selection='majority' and a vote belong together")
+
+    def __call__(
+        self,
+        prompt: Conversation,
+        output: SearchOutput,
+        row: int,
+        read: Callable[[tuple[int, ...]], str],
+    ) -> Guided:
+        """One prompt's result.
+
+        Args:
+          prompt: as the user wrote it, for the reward.
+          output: of the batch, on the host, and `row`, the prompt's place in it.
+          read: from an answer's tokens to its text.
+
+        Raises:
+          ValueError: a reward is NaN.
+        """
+        ranked = [i for i in output.ranking[row] if output.finalists.valid[row, i]]
+        answers = [_answer(output, row, i, read) for i in ranked]
+        if self.reward is not None:
+            answers = self._by_reward(self.reward, prompt, answers)
+        if self.vote is not None:
+            votes = [self.vote(answer.text) for answer in answers]
+            answers = [answers[i] for i in majority(votes)]
+        return Guided(tuple(answers), int(output.num_tokens[row]), int(output.num_queries[row]))
+
+    @staticmethod
+    def _by_reward(
+        reward: Reward, prompt: Conversation, answers: list[GuidedAnswer]
+    ) -> list[GuidedAnswer]:
+        texts = [answer.text for answer in answers]
+        rewards = [float(number) for number in reward([prompt] * len(answers), texts)]
+        if any(math.isnan(number) for number in rewards):
+            raise ValueError(f"A reward must be a number. Got: NaN for an answer to {prompt!r}")
+        rewarded = [
+            dataclasses.replace(answer, reward=number)
+            for answer, number in zip(answers, rewards, strict=True)
+        ]
+        order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
+        return [rewarded[i] for i in order]
+
+
+def answer_batches(
+    batches: Iterable[KeyedBatch],
+    answer: Callable[[KeyedBatch], Sequence[Guided]],
+    num_prompts: int,
+    *,
+    progress: bool,
+) -> list[Guided]:
+    """The results of all prompts in their order, from a function that answers one batch."""
+    found: dict[int, Guided] = {}
+    with tqdm(total=num_prompts, unit="prompt", disable=not progress) as bar:
+        for batch in batches:
+            found.update(zip(batch.indices, answer(batch), strict=True))
+            bar.update(len(batch.indices))
+    return [found[index] for index in range(num_prompts)]
+
+
+def _answer(
+    output: SearchOutput, row: int, entry: int, read: Callable[[tuple[int, ...]], str]
+) -> GuidedAnswer:
+    found = output.finalists
+    tokens = tuple(map(int, found.tokens[row, entry, : found.lengths[row, entry]]))
+    return GuidedAnswer(
+        text=read(tokens),
+        tokens=tokens,
+        finished=bool(found.ended[row, entry]),
+        log_prob=float(found.log_probs[row, entry].sum()),
+        score=float(found.scores.total[row, entry]),
+        values=tuple(map(float, found.scores.parts[row, entry])),
+    )
