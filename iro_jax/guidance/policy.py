@@ -99,6 +99,7 @@ class PolicySampler:
         """The `expand_fn`."""
         memory: PolicyMemory = frontier.memory
         shape, length = frontier.open.shape, self.chunk_length
+        self._check_noise(params, frontier)
         first_position = frontier.step * length
         limits = jnp.minimum(frontier.room, length)[..., None]
 
@@ -159,6 +160,18 @@ class PolicySampler:
             unfinished, extend, (jnp.int32(0), alive, empty, memory)
         )
         return chunk, memory
+
+    def _check_noise(self, params: GuidedParams, frontier: Frontier) -> None:
+        if params.noise is None:
+            return
+        prompts, width, successors = frontier.open.shape
+        positions = frontier.beams.tokens.shape[-1]
+        wanted = (prompts, width * successors, self.network.config.vocab_size)
+        if params.noise.shape[0] < positions or params.noise.shape[1:] != wanted:
+            raise ValueError(
+                f"noise must be of shape [at least {positions}, prompts, candidates, vocabulary] ="
+                f" [{positions}, {', '.join(map(str, wanted))}]. Got: {list(params.noise.shape)}"
+            )
 
     @property
     def _want(self) -> tuple[Want, ...]:

@@ -58,6 +58,7 @@ def finalists(trace: Trace, nodes: Int[Array, "P M"], capacity: int) -> Finalist
       nodes: the last chunk of each answer.
       capacity: H.
     """
+    trace, nodes = jax.tree.map(jnp.asarray, (trace, nodes))
     num_steps, num_prompts = trace.parents.shape[:2]
     num_candidates = trace.num_candidates
     successors = trace.tokens.shape[3]

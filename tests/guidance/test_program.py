@@ -290,6 +290,15 @@ def test_arguments_that_cannot_work_are_refused(tmp_path):
         Guide(pretrained(tmp_path), max_new_tokens=128)
 
 
+def test_noise_of_another_shape_is_refused():
+    search, (tokens, mask) = guided(NoScore()), batch(prompts(2))
+    keys = prompt_keys(0, ["a", "b"])
+    for shape in ((15, 2, 6, 64), (16, 2, 3, 128), (16, 1, 6, 64)):
+        params = guided_params(None, noise=jnp.zeros(shape))
+        with pytest.raises(ValueError, match=r"\[16, 2, 6, 64\]. Got"):
+            jax.eval_shape(search, params, keys, tokens, mask)
+
+
 def test_the_loop_itself_refuses_what_cannot_work():
     root = s.Root(None, None, s.Scores(jnp.zeros(1), jnp.zeros((1, 0))))
     keys = prompt_keys(0, ["a"])
