@@ -209,7 +209,7 @@ class ApiSampler:
         ends = [
             place + len(stop) - len(answer)
             for stop in self.stop_bytes
-            if (place := text.find(stop, max(0, len(answer) - len(stop) + 1))) >= 0
+            if (place := text.find(stop)) >= 0
         ]
         end = min(ends, default=len(ids))
         if end <= self.chunk_bytes:

@@ -151,18 +151,20 @@ def test_the_search_is_the_oracles(server, stops):
             assert not any(stop in answer.text for stop in stops)
 
 
-def test_the_server_sees_the_prompt_and_the_answer_so_far(server):
+def test_the_server_sees_the_prompt_and_the_answer_so_far():
     """And nothing else: every request of a later step continues a reply of the step before."""
-    [found] = guide_of(server)(["né "])
-    model, known = TextModel(), {"né ": 0}
-    limits = [3, 3, 2]
+    model = TextModel(end_weight=0.1)
+    known, limits = {"né ": 0}, [3, 3, 2]
+    with CompletionsServer(serve(model)) as server:
+        [found] = guide_of(server)(["né "])
     for body in server.requests:
-        step = known[body["prompt"]]
+        text, step = body["prompt"], known[body["prompt"]]
         assert body["max_tokens"] == limits[step]
         for index in range(body["n"]):
-            sampled = model.sample(body["prompt"], limits[step], body["seed"], index)
-            known["né " + body["prompt"][3:] + "".join(t or "" for t, _ in sampled)] = step + 1
-    assert server.requests[0]["n"] == 6
+            sampled = model.sample(text, limits[step], body["seed"], index)
+            known[text + "".join(token or "" for token, _ in sampled)] = step + 1
+    assert [body["n"] for body in server.requests] == [6, 2, 2, 2, 2, 2, 2]
+    assert len({body["seed"] for body in server.requests}) == 7
     assert {"né " + answer.text for answer in found.answers} <= known.keys()
     assert all(answer.text == bytes_text(answer.tokens) for answer in found.answers)
     assert any(not answer.text.isascii() for answer in found.answers)
@@ -196,11 +198,18 @@ def test_answers_depend_on_the_seed_and_the_prompts_name_alone(server):
     assert one_by_one(PROMPTS[::-1], seed=1, prompt_ids=list("43210")) == together[::-1]
 
 
-def test_tokens_and_requests_are_counted(server):
-    through = endpoint(server)
+@pytest.mark.parametrize("log_probs", [True, False])
+def test_tokens_and_requests_are_counted(server, log_probs):
+    through = endpoint(server, log_probs=log_probs)
     found = ApiGuide(through, **SHARED)(PROMPTS[:2])
     assert through.num_requests == len(server.requests) == through.prompt_tokens
-    assert through.num_tokens == sum(one.num_tokens for one in found) > 0
+    assert through.num_tokens == sum(one.num_tokens for one in found)
+    sampled = [
+        TextModel().sample(body["prompt"], body["max_tokens"], body["seed"], index)
+        for body in server.requests
+        for index in range(body["n"])
+    ]
+    assert through.num_tokens == sum(map(len, sampled))
 
 
 def test_best_of_n_needs_one_request(server):
@@ -412,11 +421,10 @@ def test_a_server_that_returns_fewer_choices_is_asked_for_the_rest():
     seeds = [body["seed"] for body in server.requests]
     assert all(abs(a - b) > 1000 for a in seeds for b in seeds if a != b)
     assert len(set(seeds)) == 3
-    expected = [(seeds[0], 0), (seeds[0], 1), (seeds[1], 0), (seeds[1], 1), (seeds[2], 0)]
-    assert ids(reply) == [
-        tuple(ids_of(token for token, _ in model.sample("x", 4, seed, index)))
-        for seed, index in expected
-    ]
+    drawn = [(seeds[0], 0), (seeds[0], 1), (seeds[1], 0), (seeds[1], 1), (seeds[2], 0)]
+    expected = [model.sample("x", 4, seed, index) for seed, index in drawn]
+    assert ids(reply) == [tuple(ids_of(token for token, _ in sampled)) for sampled in expected]
+    assert reply.num_tokens == sum(map(len, expected))
 
 
 def test_no_request_asks_for_more_choices_than_is_allowed():
