@@ -303,7 +303,7 @@ class BridgedValues:
 
     def observe(self, candidates: Candidates, memory) -> Crossing:
         """The bridge's part on the host; an `observe_fn` of `HostSearch`."""
-        return self.bridge.cross(*self._answers(candidates), memory[0])
+        return self.bridge.cross(*jax.device_get((*self._answers(candidates), memory[0])))
 
     def __call__(
         self,

@@ -36,7 +36,10 @@ from iro_jax.search.types import (
 )
 
 ObserveFn = Callable[[Candidates, PyTree], Any]
-"""From candidates and the memory of `score_fn`, both on the host, to new `features`."""
+"""From candidates and the memory of `score_fn` to new `features`.
+
+Both are on the device: the function fetches what it needs of them.
+"""
 
 
 class HostSearch:
@@ -110,8 +113,8 @@ class HostSearch:
         while bool(self._unfinished(state)):
             candidates, state = self._expand(params, keys, state)
             if self._observe is not None:
-                seen = jax.device_get((candidates, state.score_memory))
-                candidates = dataclasses.replace(candidates, features=self._observe(*seen))
+                features = self._observe(candidates, state.score_memory)
+                candidates = dataclasses.replace(candidates, features=features)
             state = self._select(params, keys, state, candidates)
             if on_step is not None:
                 on_step(state)

@@ -85,33 +85,32 @@ def finalists(trace: Trace, nodes: Int[Array, "P M"], capacity: int) -> Finalist
 
     _, paths = lax.scan(walk, nodes, jnp.arange(num_steps), reverse=True)
 
-    # And back: the chunks on the path are written one behind the other.
-    def write(written, path):
-        tokens, log_probs, lengths = written
-        step, slot = on_path(jnp.maximum(path, 0))
-        chunk_lengths = jnp.where(path >= 0, at(of_candidates(trace.chunk_lengths), step, slot), 0)
-        chunk = at(of_candidates(trace.tokens), step, slot)
-        chunk_log_probs = at(of_candidates(trace.token_log_probs), step, slot)
-        return (
-            append(tokens, lengths, chunk, chunk_lengths),
-            append(log_probs, lengths, chunk_log_probs, chunk_lengths),
-            lengths + chunk_lengths,
-        ), None
+    # Where each chunk of the path ends in the answer, and which chunk each place lies in.
+    step, slot = jnp.arange(num_steps)[:, None, None], jnp.maximum(paths, 0) % num_candidates
+    chunk_lengths = jnp.where(paths >= 0, at(of_candidates(trace.chunk_lengths), step, slot), 0)
+    ends = jnp.moveaxis(jnp.cumsum(chunk_lengths, axis=0), 0, -1)
+    places = jnp.arange(capacity)
+    find = jax.vmap(jax.vmap(lambda end: jnp.searchsorted(end, places, side="right")))
+    chunk = jnp.minimum(find(ends), num_steps - 1)
+    starts = ends - jnp.moveaxis(chunk_lengths, 0, -1)
+    offsets = places - jnp.take_along_axis(starts, chunk, axis=-1)
+    slots = jnp.take_along_axis(jnp.moveaxis(slot, 0, -1), chunk, axis=-1)
+    lengths = ends[..., -1]
 
-    empty = (
-        jnp.zeros((*nodes.shape, capacity), jnp.int32),
-        jnp.zeros((*nodes.shape, capacity), jnp.float32),
-        jnp.zeros(nodes.shape, jnp.int32),
-    )
-    (tokens, log_probs, lengths), _ = lax.scan(write, empty, paths)
+    def unroll(x: Array) -> Array:
+        """The chunks `[S, P, K, B, L]` of each answer, one behind the other."""
+        prompt = jnp.arange(num_prompts)[:, None, None]
+        inside = places < lengths[..., None]
+        offset = jnp.where(inside, offsets, 0)
+        return jnp.where(inside, of_candidates(x)[chunk, prompt, slots, offset], 0)
 
     step, slot = on_path(jnp.maximum(nodes, 0))
     parts = at(of_candidates(trace.scores.parts), step, slot)
     return Finalists(
-        tokens=tokens,
+        tokens=unroll(trace.tokens),
         lengths=lengths,
         ended=valid & at(of_candidates(trace.ended), step, slot),
-        log_probs=log_probs,
+        log_probs=unroll(trace.token_log_probs),
         scores=Scores(
             total=jnp.where(valid, at(of_candidates(trace.scores.total), step, slot), -jnp.inf),
             parts=jnp.where(valid[..., None], parts, 0.0),
