@@ -1,0 +1,27 @@
+"""Prompts in, rollouts out: reading prompts, storing rollouts, choosing what values train on."""
+
+from iro_jax.data.atomic import read_json, remove_unfinished, write_atomic
+from iro_jax.data.dataset import batches, choose, num_batches, split_by_prompt
+from iro_jax.data.prompts import Prompt, read_prompts, subset, write_prompts
+from iro_jax.data.rollouts import Rollout
+from iro_jax.data.sources import PromptError
+from iro_jax.data.store import RolloutError, RolloutStore, Shard
+
+__all__ = [
+    "Prompt",
+    "PromptError",
+    "Rollout",
+    "RolloutError",
+    "RolloutStore",
+    "Shard",
+    "batches",
+    "choose",
+    "num_batches",
+    "read_json",
+    "read_prompts",
+    "remove_unfinished",
+    "split_by_prompt",
+    "subset",
+    "write_atomic",
+    "write_prompts",
+]
