@@ -1,0 +1,62 @@
+"""Statistics over prompts, health of value functions, the cost ledger, and their pictures."""
+
+from iro_jax.evaluation.flops import (
+    Reader,
+    decode_flops,
+    forward_flops,
+    reward_cost,
+    sample_cost,
+    search_cost,
+    trace_cost,
+)
+from iro_jax.evaluation.health import (
+    Bin,
+    Drift,
+    Fit,
+    Health,
+    RewardGap,
+    drift,
+    errors_by_prompt,
+    measure_health,
+    reward_gap,
+)
+from iro_jax.evaluation.ledger import Cost, Entry, Ledger, LedgerError
+from iro_jax.evaluation.plots import save_health_plots
+from iro_jax.evaluation.statistics import (
+    Interval,
+    bootstrap,
+    closes,
+    gap_closed,
+    markdown_table,
+    paired,
+)
+
+__all__ = [
+    "Bin",
+    "Cost",
+    "Drift",
+    "Entry",
+    "Fit",
+    "Health",
+    "Interval",
+    "Ledger",
+    "LedgerError",
+    "Reader",
+    "RewardGap",
+    "bootstrap",
+    "closes",
+    "decode_flops",
+    "drift",
+    "errors_by_prompt",
+    "forward_flops",
+    "gap_closed",
+    "markdown_table",
+    "measure_health",
+    "paired",
+    "reward_cost",
+    "reward_gap",
+    "sample_cost",
+    "save_health_plots",
+    "search_cost",
+    "trace_cost",
+]
