@@ -101,6 +101,7 @@ class Network:
         *,
         want: tuple[Want, ...] | None = None,
         adapters: Adapters | None = None,
+        remat: bool = False,
     ) -> Outputs:
         """Reads whole sequences.
 
@@ -110,6 +111,8 @@ class Network:
           want: the outputs: `logits`, `hidden`, `score`, or numbers of layers; by default
             what the configuration's head gives.
           adapters: low-rank changes of the weights; see `iro_jax.models.lora`.
+          remat: whether a gradient computes the layers again instead of remembering what is
+            inside them.
 
         Returns:
           `Outputs` at every token, `[batch, length, ...]`; arbitrary at padding.
@@ -117,7 +120,7 @@ class Network:
         _check_tokens(tokens, mask, rank=2)
         positions = _positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
         module = self._module(params)
-        stream, _ = _apply(module, tokens, positions, (), None, adapters)
+        stream, _ = _apply(module, tokens, positions, (), None, adapters, remat=remat)
         return self._outputs(module, stream, want)
 
     def prefill(
@@ -197,6 +200,13 @@ class Network:
         stream, chunk = _apply(module, tokens, positions, context, cache.chunk, adapters, before)
         return self._outputs(module, stream, want), dataclasses.replace(cache, chunk=chunk)
 
+    def truncate(self, params: Params, num_layers: int) -> tuple[Network, Params]:
+        """The network of the first blocks alone, for those who want their hidden states."""
+        flat = nnx.to_flat_state(params)
+        kept = [(path, x) for path, x in flat if path[0] != "layers" or path[1] < num_layers]
+        config = self.config.replace(layers=self.config.layers[:num_layers])
+        return Network(config), nnx.from_flat_state(kept)
+
     def logits(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Next-token logits, f32, from `Outputs.hidden`."""
         return self._module(params).logits(hidden)
@@ -251,6 +261,7 @@ def _apply(
     own: CachePart | None,
     adapters: Adapters | None = None,
     before: Int[Array, "*lead"] | None = None,
+    remat: bool = False,
 ) -> tuple[list[Float[Array, "*lead N D"]], CachePart]:
     """Runs new tokens through the layers.
 
@@ -260,6 +271,7 @@ def _apply(
         makes a new part that holds just these tokens.
       adapters: low-rank changes of the weights.
       before: the positions in `context` that are visible; all by default.
+      remat: layers are computed again for the gradient; the own part stays empty then.
 
     Returns:
       The residual stream before, between and after the layers, and the own part with the new
@@ -292,7 +304,9 @@ def _apply(
         return lax.dynamic_update_slice_in_dim(stored, pack(new), cursor, axis=-2)
 
     def remember(index, window, keys, values):
-        if own is None:
+        if remat:
+            pass  # what a recomputed layer stores could not leave it
+        elif own is None:
             new_keys.append(pack(keys))
             new_values.append(pack(values))
         else:
@@ -308,14 +322,13 @@ def _apply(
     stream = [module.embed(tokens)]
     for index, block in enumerate(module.layers):
         layer = block.layer
-        stream.append(
-            block(
-                stream[-1],
-                rope_tables[layer.rope],
-                functools.partial(remember, index, layer.window),
-                {} if adapters is None else adapters[index],
-            )
+        apply = functools.partial(
+            block,
+            rope_tables=rope_tables[layer.rope],
+            remember=functools.partial(remember, index, layer.window),
+            adapters={} if adapters is None else adapters[index],
         )
+        stream.append((jax.checkpoint(apply) if remat else apply)(stream[-1]))
 
     written = CachePart(
         keys=tuple(new_keys),

@@ -2,6 +2,7 @@
 
 from iro_jax.models.weights.checkpoint import Checkpoint, CheckpointError
 from iro_jax.models.weights.load import Pretrained, from_pretrained, save_pretrained
+from iro_jax.models.weights.safetensors_folder import staged_folder
 from iro_jax.models.weights.sources import locate, open_checkpoint
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "locate",
     "open_checkpoint",
     "save_pretrained",
+    "staged_folder",
 ]

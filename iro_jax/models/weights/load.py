@@ -127,10 +127,15 @@ def from_pretrained(
     )
 
 
-def save_pretrained(model: Pretrained, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(
+    model: Pretrained,
+    folder: str | os.PathLike[str],
+    *,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
     """Writes a safetensors folder that `transformers` opens and that reads back bit for bit.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all, `extra_files` (by name) included.
 
     Raises:
       FileExistsError: there is something at `folder` already.
@@ -164,6 +169,7 @@ def save_pretrained(model: Pretrained, folder: str | os.PathLike[str]) -> None:
         tensors(),
         tokenizer=model.tokenizer,
         generation_config={"eos_token_id": eos} if eos and config.head == "logits" else None,
+        extra_files=extra_files,
     )
 
 

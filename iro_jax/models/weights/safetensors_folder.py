@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def write_folder(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
     shard_bytes: int = 4 * 2**30,
 ) -> None:
     """Writes a folder that `transformers` opens; it appears whole or not at all.
@@ -124,7 +126,26 @@ def write_folder(
       tensors: names and arrays, consumed one shard at a time.
       tokenizer: saved beside the weights.
       generation_config: becomes `generation_config.json`.
+      extra_files: further files by name.
       shard_bytes: a file is closed before it would grow past this.
+
+    Raises:
+      FileExistsError: there is something at `folder` already.
+    """
+    with staged_folder(folder) as staging:
+        _write_shards(staging, tensors, shard_bytes)
+        _write_json(staging / "config.json", hf_config)
+        if generation_config is not None:
+            _write_json(staging / "generation_config.json", generation_config)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        for name, content in (extra_files or {}).items():
+            (staging / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes its place at the end, whole, or not at all.
 
     Raises:
       FileExistsError: there is something at `folder` already.
@@ -135,12 +156,7 @@ def write_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write_shards(staging, tensors, shard_bytes)
-        _write_json(staging / "config.json", hf_config)
-        if generation_config is not None:
-            _write_json(staging / "generation_config.json", generation_config)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
+        yield staging
         staging.chmod(0o777 & ~_umask())
         os.replace(staging, folder)
     except BaseException:
