@@ -4,6 +4,7 @@ from iro_jax.guidance.answers import Guided, GuidedAnswer, Reward
 from iro_jax.guidance.api import ApiGuide, ApiSampler, api_value_scorer
 from iro_jax.guidance.bridge import Boundaries, Bridge, BridgedValues
 from iro_jax.guidance.endpoint import ApiError, Endpoint
+from iro_jax.guidance.functions import function_scorer, reads_policy
 from iro_jax.guidance.guide import Guide, same_tokenizer, value_scorer
 from iro_jax.guidance.guided import GuidedSearch
 from iro_jax.guidance.params import GuidedParams
@@ -46,6 +47,8 @@ __all__ = [
     "ValueSum",
     "ValueSumParams",
     "api_value_scorer",
+    "function_scorer",
+    "reads_policy",
     "same_tokenizer",
     "value_scorer",
 ]

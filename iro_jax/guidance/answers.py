@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Literal, TypeAlias
 
+import numpy as np
+from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from iro_jax.models import Conversation
@@ -33,7 +35,7 @@ class GuidedAnswer:
       text: the answer without special tokens, cut before a stop string.
       tokens: its ids, EOS included.
       finished: whether it ended by itself.
-      log_prob: under the policy, summed over tokens, in nats.
+      log_probs: of each token under the policy, in nats.
       score: what guided the search, at the last token.
       values: of every value function, at the last token.
       reward: where a reward picks the answer.
@@ -42,10 +44,15 @@ class GuidedAnswer:
     text: str
     tokens: tuple[int, ...]
     finished: bool
-    log_prob: float
+    log_probs: tuple[float, ...]
     score: float
     values: tuple[float, ...]
     reward: float | None = None
+
+    @property
+    def log_prob(self) -> float:
+        """Summed over tokens."""
+        return math.fsum(self.log_probs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +63,13 @@ class Guided:
       answers: the finalists, the chosen one first.
       num_tokens: tokens that were sampled.
       num_queries: value functions that were asked, a candidate and a value function at a time.
+      chunk_lengths: tokens of every chunk that was sampled, `[S, K, B]`; zero where none was.
     """
 
     answers: tuple[GuidedAnswer, ...]
     num_tokens: int
     num_queries: int
+    chunk_lengths: Int[np.ndarray, "S K B"]
 
     @property
     def text(self) -> str:
@@ -116,7 +125,12 @@ class FinalChoice:
         if self.vote is not None:
             votes = [self.vote(answer.text) for answer in answers]
             answers = [answers[i] for i in majority(votes)]
-        return Guided(tuple(answers), int(output.num_tokens[row]), int(output.num_queries[row]))
+        return Guided(
+            tuple(answers),
+            int(output.num_tokens[row]),
+            int(output.num_queries[row]),
+            np.asarray(output.trace.chunk_lengths[:, row]),
+        )
 
     @staticmethod
     def _by_reward(
@@ -154,12 +168,13 @@ def _answer(
     output: SearchOutput, row: int, entry: int, read: Callable[[tuple[int, ...]], str]
 ) -> GuidedAnswer:
     found = output.finalists
-    tokens = tuple(map(int, found.tokens[row, entry, : found.lengths[row, entry]]))
+    length = found.lengths[row, entry]
+    tokens = tuple(map(int, found.tokens[row, entry, :length]))
     return GuidedAnswer(
         text=read(tokens),
         tokens=tokens,
         finished=bool(found.ended[row, entry]),
-        log_prob=float(found.log_probs[row, entry].sum()),
+        log_probs=tuple(map(float, found.log_probs[row, entry, :length])),
         score=float(found.scores.total[row, entry]),
         values=tuple(map(float, found.scores.parts[row, entry])),
     )

@@ -8,12 +8,14 @@ checkpoints, with a bridge where their tokenizer is not the policy's.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from iro_jax.guidance.answers import (
@@ -58,7 +60,9 @@ class Guide:
       reward: for `final_selection="reward"`.
       vote: for `final_selection="majority"`: what an answer says, for example the number in
         its last line, or None if it says nothing.
-      stop_strings: texts that end an answer.
+      stop_strings: texts that end an answer, and are cut off.
+      end_characters: an answer also ends with a token whose text ends in one of these, such as
+        `.!?` for one sentence; it keeps that token.
       batch_size: prompts a program call; incomplete batches are filled up.
       text_format: how prompts are rendered. Its `max_length` is lowered to what the models'
         contexts leave beside the answer.
@@ -83,6 +87,7 @@ class Guide:
         reward: Reward | None = None,
         vote: Vote | None = None,
         stop_strings: Sequence[str] = (),
+        end_characters: str = "",
         batch_size: int = 8,
         text_format: TextFormat = TextFormat(),
         driver: Literal["auto", "program", "host"] = "auto",
@@ -105,7 +110,7 @@ class Guide:
             policy=policy.network,
             scorer=scorer,
             sampling=sampling,
-            eos_ids=tuple(policy.eos_ids),
+            eos_ids=(*policy.eos_ids, *self._ending(end_characters)),
             beam_width=beam_width,
             num_successors=num_successors,
             chunk_length=chunk_length,
@@ -128,7 +133,7 @@ class Guide:
         self.text_format = dataclasses.replace(text_format, max_length=limit)
         off_program = isinstance(scorer, BridgedValues) and jax.default_backend() != "cpu"
         self._from_host = driver == "host" or (driver == "auto" and off_program)
-        self._compile()
+        self._programs = [(self.search, self._compile(self.search))]
 
     def __call__(
         self,
@@ -163,17 +168,33 @@ class Guide:
 
         return answer_batches(batches, answer, len(prompts), progress=progress)
 
-    def _compile(self) -> None:
+    def _ending(self, characters: str) -> list[int]:
+        if not characters:
+            return []
+        pieces = token_bytes(self.tokenizer, self.policy.network.config.vocab_size)
+        ends = tuple(character.encode() for character in characters)
+        special = {*self.tokenizer.all_special_ids, *self.policy.eos_ids}
+        return [i for i, piece in enumerate(pieces) if piece.endswith(ends) and i not in special]
+
+    def check(self, prompts: Sequence[Conversation]) -> None:
+        """Raises a ValueError where a prompt is empty or too long; samples nothing."""
+        for index, prompt in enumerate(prompts):
+            self._render(index, prompt)
+
+    def render(self, prompt: Conversation) -> Int[np.ndarray, " S"]:
+        """A prompt as the policy sees it."""
+        return render(self.tokenizer, prompt, text_format=self.text_format)
+
+    def _compile(self, search: GuidedSearch) -> Callable[..., SearchOutput]:
         if not self._from_host:
-            self._run: Callable[..., SearchOutput] = jax.jit(self.search)
-            return
-        read, search = jax.jit(self.search.root), self.search.on_host()
+            return jax.jit(search)
+        read, from_host = jax.jit(search.root), search.on_host()
 
         def run(params, keys, tokens, mask, limit, foreign):
             root = read(params, tokens, mask, foreign)
-            return search(params, keys, root, max_new_tokens=limit, check=False)
+            return from_host(params, keys, root, max_new_tokens=limit, check=False)
 
-        self._run = run
+        return run
 
     def _search_batch(self, batch: KeyedBatch) -> SearchOutput:
         own, *others = [(prompts.tokens, prompts.mask) for prompts in batch.prompts]
@@ -181,22 +202,18 @@ class Guide:
         # Rows that fill the batch up must not keep it waiting.
         limit = np.ones(self.batch_size, np.int32)
         limit[: len(batch.indices)] = self.search.capacity
-        while True:
-            output = self._run(self.params, batch.keys, *own, jnp.asarray(limit), foreign)
-            if not self._widen(output):
-                check_scores(output)
-                return output
-
-    def _widen(self, output: SearchOutput) -> bool:
-        """Gives the bridge more slots if it had too few for this batch."""
-        scorer = self.search.scorer
-        jax.block_until_ready(output.nonfinite)
-        if not isinstance(scorer, BridgedValues) or not scorer.bridge.overflowed:
-            return False
-        scorer = dataclasses.replace(scorer, bridge=scorer.bridge.widened())
-        self.search = dataclasses.replace(self.search, scorer=scorer)
-        self._compile()
-        return True
+        # Every batch begins with the first program: its answers must not depend on whether an
+        # earlier one has needed a wider bridge.
+        for level in itertools.count():
+            search, run = self._programs[level]
+            output = run(self.params, batch.keys, *own, jnp.asarray(limit), foreign)
+            if not _overflowed(search, output):
+                break
+            if level + 1 == len(self._programs):
+                wider = _widened(search)
+                self._programs.append((wider, self._compile(wider)))
+        check_scores(output)
+        return output
 
     def _render(self, index: int, prompt: Conversation) -> tuple[np.ndarray, ...]:
         readers = [(self.tokenizer, self.policy.network)]
@@ -292,6 +309,23 @@ def value_sum(
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     """Whether two tokenizers give every token the same id."""
     return a is b or a.get_vocab() == b.get_vocab()
+
+
+def _overflowed(search: GuidedSearch, output: SearchOutput) -> bool:
+    """Whether the bridge had too few slots for what came out; asked once for each output."""
+    scorer = search.scorer
+    jax.block_until_ready(output.nonfinite)
+    if not isinstance(scorer, BridgedValues):
+        return False
+    overflowed, scorer.bridge.overflowed = scorer.bridge.overflowed, False
+    return overflowed
+
+
+def _widened(search: GuidedSearch) -> GuidedSearch:
+    """The search with twice the slots for its bridge."""
+    assert isinstance(search.scorer, BridgedValues)
+    scorer = dataclasses.replace(search.scorer, bridge=search.scorer.bridge.widened())
+    return dataclasses.replace(search, scorer=scorer)
 
 
 def _tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:

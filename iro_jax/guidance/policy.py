@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -181,9 +180,7 @@ class PolicySampler:
         return tuple(outputs.at(depth) for depth in self.features)
 
     def _is_eos(self, tokens: Int[Array, "P K B"]) -> Bool[Array, "P K B"]:
-        return functools.reduce(
-            jnp.logical_or, [tokens == eos for eos in self.eos_ids], jnp.zeros(tokens.shape, bool)
-        )
+        return jnp.isin(tokens, jnp.asarray(self.eos_ids, jnp.int32))
 
     def _advance(self, params: GuidedParams, stops: Array, tokens: Array) -> Array:
         return stops if params.stop_table is None else params.stop_table[stops, tokens]

@@ -75,9 +75,9 @@ def test_one_compilation_for_each_bucket(tmp_path):
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, size=n)) for n in (3, 40, 5, 33, 20, 8, 60, 31, 2)]
     assert len(guide(texts, seed=0)) == 9
-    assert guide._run._cache_size() == 2
+    assert guide._programs[0][1]._cache_size() == 2
     guide(texts[::-1], seed=1)
-    assert guide._run._cache_size() == 2
+    assert guide._programs[0][1]._cache_size() == 2
 
 
 def test_max_new_tokens_is_traced():

@@ -1,0 +1,206 @@
+"""However value functions are put together, a search sums the same V_t / beta_t."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from iro_jax.guidance import (
+    BridgedValues,
+    GuidedSearch,
+    PolicyHeads,
+    ValueSum,
+    function_scorer,
+    reads_policy,
+)
+from iro_jax.guidance.scorers import Sizes
+from iro_jax.models import Pretrained
+from iro_jax.testing import tiny_network, word_tokenizer
+from iro_jax.values import (
+    Head,
+    ValueFunction,
+    ValueNetwork,
+    ValueParams,
+    new_head,
+    with_adapters,
+)
+from tests.guidance.cases import EOS, POLICY, SIZES, batch, guided_params, prompts, weights
+
+WORDS = [f"w{i}" for i in range(55)]
+TOKENIZER = word_tokenizer(WORDS)
+BETAS = (1.0, 2.0, 0.5, 4.0)
+
+
+def pretrained(network=POLICY, *, seed=0, tokenizer=TOKENIZER) -> Pretrained:
+    return Pretrained(network, weights(network, seed), tokenizer, EOS, {}, Path("tiny"))
+
+
+MODEL = pretrained()
+
+
+def head(model, kind, *, layer=None, seed=0):
+    """A head whose values are large enough to steer."""
+    function = new_head(model, kind, layer=layer, seed=seed)
+    large = jax.tree.map(lambda x: 10 * x, function.params.head)
+    return function.with_params(dataclasses.replace(function.params, head=large))
+
+
+def adapted(function, seed):
+    function = with_adapters(function, rank=2, seed=seed)
+    adapters = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(seed), x.shape),
+        function.params.adapters,
+    )
+    return function.with_params(dataclasses.replace(function.params, adapters=adapters))
+
+
+def score_function(seed):
+    model = pretrained(tiny_network(head="score"), seed=seed)
+    return ValueFunction(model, ValueNetwork(model.network), ValueParams(model.params))
+
+
+def elsewhere(function: ValueFunction) -> ValueFunction:
+    """The same function on a copy of its backbone."""
+    copy = jax.tree.map(lambda x: x + 0, function.params.backbone)
+    return dataclasses.replace(
+        function,
+        model=dataclasses.replace(function.model, params=copy),
+        params=dataclasses.replace(function.params, backbone=copy),
+    )
+
+
+def whole(function, tokens):
+    """V of one text, by a pass over it alone."""
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(tokens)] = tokens
+    mask = np.arange(64)[None] < len(tokens)
+    values = FORWARD(function.network, function.params, row, mask)
+    return float(values[0, len(tokens) - 1, 0])
+
+
+FORWARD = jax.jit(lambda network, *args: network.forward(*args), static_argnums=0)
+
+
+def check(scores, place, functions, betas, text):
+    """At a place are the values of the text, V by V in their order, and their sum."""
+    want = [whole(function, text) for function in functions]
+    np.testing.assert_allclose(scores.parts[place], want, atol=1e-4, rtol=1e-4)
+    total = sum(v / beta for v, beta in zip(want, betas, strict=True))
+    np.testing.assert_allclose(scores.total[place], total, atol=1e-4, rtol=1e-4)
+
+
+def check_networks(functions, betas):
+    """The scores of two prompts, and of two chunks of different lengths after each."""
+    scorer, params, tokenizer = function_scorer(MODEL, functions, betas, chunk_length=4)
+    assert tokenizer is None
+    assert isinstance(scorer, ValueSum)
+    asked = prompts(2)
+    tokens, mask = batch(asked)
+    chunks = np.random.default_rng(1).integers(4, 64, (2, 1, 2, 4)).astype(np.int32)
+    inside = np.arange(4) < np.array([[2, 4], [1, 3]])[:, None, :, None]
+
+    @jax.jit
+    def read(params):
+        before, memory = scorer.root(params, tokens, mask, (), Sizes(1, 2, 4, 1))
+        after, _ = scorer.extend(params, chunks, inside, memory)
+        return before, after
+
+    before, after = jax.device_get(read(guided_params(params)))
+    for row, prompt in enumerate(asked):
+        check(before, row, functions, betas, prompt)
+        for i in range(2):
+            text = np.concatenate([prompt, chunks[row, 0, i][inside[row, 0, i]]])
+            check(after, (row, 0, i), functions, betas, text)
+    return scorer
+
+
+MIXED = [
+    head(MODEL, Head((8,)), layer=1, seed=0),
+    head(MODEL, Head(), seed=1),
+    head(MODEL, Head((8,), output="sigmoid"), layer=1, seed=2),
+    head(MODEL, Head((8,)), layer=1, seed=3),
+]
+"""Of three shapes on two layers; the first and the last are alike."""
+
+
+class TestPolicyHeads:
+    def test_heads_on_the_policy_need_no_pass_of_their_own(self):
+        scorer, params, tokenizer = function_scorer(MODEL, MIXED, BETAS, chunk_length=4)
+        assert isinstance(scorer, PolicyHeads)
+        assert tokenizer is None
+        search = GuidedSearch(POLICY, scorer, eos_ids=EOS, **SIZES)
+        asked = prompts(4)
+        root = jax.jit(search.root)(guided_params(params), *batch(asked))
+        for row, prompt in enumerate(asked):
+            check(root.scores, row, MIXED, BETAS, prompt)
+
+    def test_as_networks_of_their_own_they_score_the_same(self):
+        check_networks([elsewhere(function) for function in MIXED], BETAS)
+
+    def test_neighbours_of_one_shape_are_one_group(self):
+        some = [MIXED[0], MIXED[3], MIXED[1], MIXED[0]]
+        scorer, _, _ = function_scorer(MODEL, some, BETAS)
+        assert scorer == PolicyHeads((Head((8,)), Head(), Head((8,))), (1, "hidden", 1))
+
+    def test_what_is_no_head_on_the_policy(self):
+        assert reads_policy(MIXED[0], MODEL)
+        assert not reads_policy(elsewhere(MIXED[0]), MODEL)
+        assert not reads_policy(adapted(MIXED[0], 0), MODEL)
+        assert not reads_policy(score_function(0), MODEL)
+
+
+class TestNetworks:
+    def test_neighbours_that_share_a_backbone_read_it_once(self):
+        other = pretrained(seed=5)
+        functions = [
+            MIXED[0],
+            head(other, Head((8,)), layer=1, seed=0),
+            head(other, Head((8,)), layer=1, seed=1),
+            score_function(6),
+            adapted(head(MODEL, Head(), layer=1, seed=2), 2),
+            adapted(head(MODEL, Head(), layer=1, seed=3), 3),
+        ]
+        betas = (*BETAS, 3.0, 0.7)
+        networks = check_networks(functions, betas).networks
+        assert [network.num_values for network in networks] == [1, 2, 1, 2]
+        # Blocks above the layer that is read are left out.
+        assert [network.network.config.num_layers for network in networks] == [1, 1, 2, 1]
+
+    def test_adapters_of_one_reward_model(self):
+        start = score_function(4)
+        functions = [adapted(start, 0), adapted(start, 1), start]
+        scorer = check_networks(functions, BETAS[:3])
+        assert [network.num_values for network in scorer.networks] == [2, 1]
+
+    def test_score_networks_are_read_one_after_the_other(self):
+        scorer, _, _ = function_scorer(
+            MODEL, [score_function(1), score_function(2), score_function(1)], BETAS[:3]
+        )
+        assert [network.num_values for network in scorer.networks] == [1, 1, 1]
+
+    def test_another_tokenizer_needs_a_bridge(self):
+        other = word_tokenizer([*reversed(WORDS)])
+        function = head(pretrained(seed=5, tokenizer=other), Head())
+        scorer, _, tokenizer = function_scorer(MODEL, [function], [1.0])
+        assert isinstance(scorer, BridgedValues)
+        assert tokenizer is other
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "betas", [(), (1.0,), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (1.0, float("inf"))]
+    )
+    def test_one_positive_beta_for_each(self, betas):
+        with pytest.raises(ValueError, match=r"betas must be 2 positive numbers.*Got: "):
+            function_scorer(MODEL, MIXED[:2], betas)
+
+    def test_nothing_to_sum(self):
+        with pytest.raises(ValueError, match=r"at least one value function. Got: "):
+            function_scorer(MODEL, [], [])
+
+    def test_one_tokenizer_for_all(self):
+        other = pretrained(seed=5, tokenizer=word_tokenizer([*reversed(WORDS)]))
+        with pytest.raises(ValueError, match=r"one tokenizer. Got: several"):
+            function_scorer(MODEL, [MIXED[0], head(other, Head())], [1.0, 1.0])
