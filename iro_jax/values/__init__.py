@@ -1,6 +1,47 @@
 """Value functions: networks and heads that map a prefix to its expected final reward."""
 
-from iro_jax.values.heads import Head, HeadParams
+from iro_jax.values.fit import Epoch, FitError, FitSettings, fit
+from iro_jax.values.fitter import FittedFunction, ValueFitter, ValueSettings
+from iro_jax.values.function import (
+    AnswerTokens,
+    ValueFunction,
+    merge_adapters,
+    new_head,
+    standalone,
+    with_adapters,
+)
+from iro_jax.values.heads import Head, HeadParams, select, stack
 from iro_jax.values.network import ValueMemory, ValueNetwork, ValueParams
+from iro_jax.values.prefixes import StateCache, prefix_values
+from iro_jax.values.reading import StateReader
+from iro_jax.values.rewards import FunctionReward
+from iro_jax.values.store import from_pretrained, save_value
 
-__all__ = ["Head", "HeadParams", "ValueMemory", "ValueNetwork", "ValueParams"]
+__all__ = [
+    "AnswerTokens",
+    "Epoch",
+    "FitError",
+    "FitSettings",
+    "FittedFunction",
+    "FunctionReward",
+    "Head",
+    "HeadParams",
+    "StateCache",
+    "StateReader",
+    "ValueFitter",
+    "ValueFunction",
+    "ValueMemory",
+    "ValueNetwork",
+    "ValueParams",
+    "ValueSettings",
+    "fit",
+    "from_pretrained",
+    "merge_adapters",
+    "new_head",
+    "prefix_values",
+    "save_value",
+    "select",
+    "stack",
+    "standalone",
+    "with_adapters",
+]

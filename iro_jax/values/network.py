@@ -103,16 +103,25 @@ class ValueNetwork:
         params: ValueParams,
         tokens: Int[Array, "batch length"],
         mask: Bool[Array, "batch length"],
-    ) -> Float[Array, "batch length T"]:
-        """The values of every prefix of whole sequences; arbitrary at padding."""
+        *,
+        raw: bool = False,
+        remat: bool = False,
+    ) -> Float[Array, "batch length T *atoms"]:
+        """The values of every prefix of whole sequences; arbitrary at padding.
+
+        Args:
+          raw: what the head has before its output function, for losses; see `Head.logits`.
+          remat: as in `Network.forward`.
+        """
         outputs = self.network.forward(
             params.backbone,
             self._tile(tokens),
             self._tile(mask),
             want=self._want,
             adapters=params.adapters,
+            remat=remat,
         )
-        return self._values(params, outputs)
+        return self._values(params, outputs, raw=raw)
 
     def prefill(
         self,
@@ -173,14 +182,16 @@ class ValueNetwork:
     def _tile(self, x: Array) -> Array:
         return jnp.tile(x, (self._copies, *(1,) * (x.ndim - 1)))
 
-    def _values(self, params: ValueParams, outputs: Outputs) -> Float[Array, "*batch T"]:
+    def _values(self, params: ValueParams, outputs: Outputs, *, raw: bool = False) -> Array:
         if self.head is None:
             assert outputs.score is not None
             split = outputs.score.reshape(self._copies, -1, *outputs.score.shape[1:])
             return jnp.moveaxis(split, 0, -1)
         features = outputs.at("hidden" if self.layer is None else self.layer)
         assert params.head is not None
-        if not self.adapters:
-            return self.head(params.head, features)
-        split = features.reshape(self._copies, -1, *features.shape[1:])
-        return self.head.of_copies(params.head, split)
+        if self.adapters:
+            features = features.reshape(self._copies, -1, *features.shape[1:])
+            logits = self.head.logits_of_copies(params.head, features)
+        else:
+            logits = self.head.logits(params.head, features)
+        return logits if raw else self.head.values(logits)

@@ -1,0 +1,191 @@
+"""What a fit of a value function minimises.
+
+    Objective(loss, network, trainable)   trainable parameters and a batch -> mean loss
+    state_examples                        rollouts of a frozen backbone: its hidden states
+    token_examples                        rollouts as tokens, for everything else
+
+A batch holds, for n rollouts of at most so many prefixes, either `states` `[n, length, D]`
+(hidden states after the bare prompt and each token of the answer) or `tokens` and `mask`
+`[n, length]`; which places are `prefixes` `[n, length]`; the final `reward` `[n]`; for
+compression the `targets` `[n, length]`; and the `weight` `[n]` of each rollout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from iro_jax.models import Params
+from iro_jax.values import losses
+from iro_jax.values.fit import Batch, PyTree
+from iro_jax.values.network import ValueNetwork, ValueParams
+from iro_jax.values.targets import gae_targets, td_lambda_targets
+
+LossName: TypeAlias = Literal[
+    "monte_carlo", "verifiable", "td_lambda", "gae", "categorical", "compression"
+]
+Trainable: TypeAlias = Literal["head", "adapters", "all"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueObjective:
+    """A loss of a value function's predictions at every prefix.
+
+    Attributes:
+      network: T = 1.
+      loss: `monte_carlo` (equation 7), `verifiable` (49), `td_lambda` (50), `gae`,
+        `categorical`, or `compression` (10).
+      trainable: the `head` alone, LoRA `adapters` with the head, or `all`.
+      gamma, lam: of `td_lambda` and `gae`.
+      remat: whether the layers are computed again for the gradient.
+    """
+
+    network: ValueNetwork
+    loss: LossName = "monte_carlo"
+    trainable: Trainable = "head"
+    gamma: float = 1.0
+    lam: float = 0.99
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.loss not in get_args(LossName):
+            raise ValueError(f"loss must be one of {get_args(LossName)}. Got: {self.loss!r}")
+        if self.trainable not in get_args(Trainable):
+            raise ValueError(
+                f"trainable must be one of {get_args(Trainable)}. Got: {self.trainable!r}"
+            )
+        output = "identity" if self.network.head is None else self.network.head.output
+        needed = {"verifiable": "sigmoid", "categorical": "categorical"}.get(self.loss)
+        if needed is not None and output != needed:
+            raise ValueError(
+                f"loss={self.loss!r} needs a head with output={needed!r}. Got: {output!r}"
+            )
+        if self.trainable == "adapters" and not self.network.adapters:
+            raise ValueError("trainable='adapters' needs a network with adapters. Got: none")
+        if self.trainable == "head" and self.network.head is None:
+            raise ValueError(
+                "trainable='head' needs a network with a head of its own. Got: a score head, which"
+                " is part of its backbone"
+            )
+
+    def initial(self, params: ValueParams) -> PyTree:
+        """The trainable part of a value function's parameters."""
+        if self.trainable == "all":
+            return {"backbone": params.backbone, "head": params.head, "adapters": params.adapters}
+        if self.trainable == "adapters":
+            return {"head": params.head, "adapters": params.adapters}
+        return {"head": params.head}
+
+    def combine(self, params: ValueParams, trainable: PyTree) -> ValueParams:
+        """The value function's parameters with the trainable part replaced, in their types."""
+        as_stored = jax.tree.map(
+            lambda new, old: new.astype(old.dtype), trainable, self.initial(params)
+        )
+        return dataclasses.replace(params, **as_stored)
+
+    def frozen(self, params: ValueParams) -> Params | None:
+        """The part that is not trained."""
+        return None if self.trainable == "all" else params.backbone
+
+    def __call__(self, trainable: PyTree, frozen: Params | None, batch: Batch) -> Float[Array, ""]:
+        raw = self._predict(trainable, frozen, batch)
+        prefixes, weight = batch["prefixes"], batch["weight"]
+        if self.loss == "compression":
+            values = self._values(raw)
+            return losses.compression_loss(values, batch["targets"], prefixes, weights=weight)
+        reward = batch["reward"]
+        if self.loss == "verifiable":
+            return losses.verifiable_loss(raw, reward, prefixes, weights=weight)
+        if self.loss == "categorical":
+            assert self.network.head is not None
+            support = self.network.head.support
+            return losses.categorical_loss(raw, reward, prefixes, support, weights=weight)
+        values = self._values(raw)
+        if self.loss == "monte_carlo":
+            return losses.monte_carlo_loss(values, reward, prefixes, weights=weight)
+        make_targets = td_lambda_targets if self.loss == "td_lambda" else gae_targets
+        targets = make_targets(values, reward, prefixes, self.gamma, self.lam)
+        return losses.td_loss(values, targets, prefixes, weights=weight)
+
+    def _predict(self, trainable: PyTree, frozen: Params | None, batch: Batch) -> Array:
+        """Values, or the logits behind them, at every place of the batch."""
+        if "states" in batch:
+            assert self.network.head is not None
+            return self.network.head.logits(trainable["head"], batch["states"])[:, :, 0]
+        params = ValueParams(**({"backbone": frozen} | trainable))
+        raw = self.network.forward(
+            params, batch["tokens"], batch["mask"], raw=True, remat=self.remat
+        )
+        return raw[:, :, 0]
+
+    def _values(self, raw: Array) -> Float[Array, "n length"]:
+        head = self.network.head
+        return raw if head is None else head.values(raw)
+
+
+def state_examples(
+    states: Sequence[Float[np.ndarray, "N+1 D"]],
+    rewards: Sequence[float],
+    targets: Sequence[Float[np.ndarray, " N+1"]] | None = None,
+    *,
+    length: int,
+) -> list[dict[str, np.ndarray]]:
+    """Examples for a head on a frozen backbone.
+
+    Args:
+      states: hidden states behind every prefix of each rollout.
+      rewards: of each rollout.
+      targets: values at every prefix, for compression.
+      length: places of an example.
+    """
+    examples = []
+    for index, of_rollout in enumerate(states):
+        count = len(of_rollout)
+        example = _example(length, slice(0, count), rewards[index])
+        example["states"] = _padded(of_rollout, length)
+        if targets is not None:
+            example["targets"] = _padded(targets[index], length)
+        examples.append(example)
+    return examples
+
+
+def token_examples(
+    readings: Sequence[tuple[Int[np.ndarray, " S"], Int[np.ndarray, " N"]]],
+    rewards: Sequence[float],
+    targets: Sequence[Float[np.ndarray, " N+1"]] | None = None,
+    *,
+    length: int,
+) -> list[dict[str, np.ndarray]]:
+    """Examples for a backbone that is trained; `readings` are prompts and answers."""
+    examples = []
+    for index, (prompt, answer) in enumerate(readings):
+        tokens = np.concatenate([prompt, answer]).astype(np.int32)
+        first = len(prompt) - 1
+        example = _example(length, slice(first, len(tokens)), rewards[index])
+        example["tokens"] = _padded(tokens, length)
+        example["mask"] = np.arange(length) < len(tokens)
+        if targets is not None:
+            example["targets"] = _padded(np.pad(targets[index], (first, 0)), length)
+        examples.append(example)
+    return examples
+
+
+def _example(length: int, prefixes: slice, reward: float) -> dict[str, np.ndarray]:
+    marked = np.zeros(length, bool)
+    marked[prefixes] = True
+    return {
+        "prefixes": marked,
+        "reward": np.asarray(reward, np.float32),
+        "weight": np.ones((), np.float32),
+    }
+
+
+def _padded(x: np.ndarray, length: int) -> np.ndarray:
+    if len(x) > length:
+        raise ValueError(f"A rollout must fit into {length} places. Got: {len(x)}")
+    return np.pad(x, [(0, length - len(x)), *[(0, 0)] * (x.ndim - 1)])

@@ -1,0 +1,128 @@
+"""Hidden states of a frozen backbone behind every prefix of answers.
+
+Fits of heads, their health checks and rewards that are heads all need them, and they never
+change. A prompt is read once for all of its answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from iro_jax.models import Network, Params, bucket_length, pad_prompts
+from iro_jax.models.network import Depth
+
+T = TypeVar("T")
+
+Group = tuple[Int[np.ndarray, " S"], Sequence[Int[np.ndarray, " N"]]]
+"""A prompt and some answers to it."""
+
+
+def read_answers(
+    network: Network,
+    params: Params,
+    prompts: Int[Array, "P S"],
+    prompt_mask: Bool[Array, "P S"],
+    answers: Int[Array, "P N H"],
+    answer_mask: Bool[Array, "P N H"],
+    *,
+    depth: Depth,
+) -> Float[Array, "P N 1+H D"]:
+    """Hidden states after the bare prompt and after every token of its answers.
+
+    Args:
+      network: static, like `depth`.
+      depth: `hidden` for after the final norm, or after so many blocks.
+    """
+    num_prompts, num_answers, length = answers.shape
+    cache = network.empty_cache(
+        num_prompts=num_prompts,
+        prompt_slots=prompts.shape[1],
+        num_successors=num_answers,
+        chunk_length=length,
+    )
+    before, cache = network.prefill(params, cache, prompts, prompt_mask, want=(depth,))
+    after, _ = network.decode(params, cache, answers[:, None], answer_mask[:, None], want=(depth,))
+    first = jnp.broadcast_to(
+        before.at(depth)[:, None, None], (num_prompts, num_answers, 1, network.config.embed_dim)
+    )
+    return jnp.concatenate([first, after.at(depth)[:, 0]], axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateReader:
+    """Reads groups of answers in batches of one shape.
+
+    Attributes:
+      network: the backbone.
+      depth: which hidden states; see `read_answers`.
+      rows: prompts a batch.
+      answers: answers of a row; a prompt with more of them takes several rows.
+    """
+
+    network: Network
+    depth: Depth
+    rows: int = 8
+    answers: int = 16
+
+    def __call__(
+        self, params: Params, groups: Sequence[Group]
+    ) -> list[list[Float[np.ndarray, "N+1 D"]]]:
+        """The hidden states of each group's answers, each after the prompt and its N tokens.
+
+        What is computed together depends on `groups` alone, so that the same call gives the
+        same bits again.
+        """
+        rows = [
+            (index, prompt, some)
+            for index, (prompt, answers) in enumerate(groups)
+            for some in _batched(answers, self.answers)
+        ]
+        slots = _slots(max((len(x) for _, _, some in rows for x in some), default=0))
+        found: list[list[np.ndarray]] = [[] for _ in groups]
+        for batch in _batched(rows, self.rows):
+            padded = pad_prompts([prompt for _, prompt, _ in batch], rows=self.rows)
+            tokens = np.zeros((self.rows, self.answers, slots), np.int32)
+            mask = np.zeros(tokens.shape, bool)
+            for row, (_, _, answers) in enumerate(batch):
+                for column, answer in enumerate(answers):
+                    tokens[row, column, : len(answer)] = answer
+                    mask[row, column, : len(answer)] = True
+            states = np.asarray(
+                _read(
+                    self.network,
+                    params,
+                    padded.tokens,
+                    padded.mask,
+                    tokens,
+                    mask,
+                    depth=self.depth,
+                )
+            )
+            for row, (index, _, answers) in enumerate(batch):
+                found[index] += [
+                    states[row, column, : len(answer) + 1] for column, answer in enumerate(answers)
+                ]
+        return found
+
+
+def _slots(length: int) -> int:
+    """A few lengths only, since a program is compiled for each."""
+    return max(1, -(-length // 8) * 8) if length <= 64 else bucket_length(length)
+
+
+def _batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+@functools.partial(jax.jit, static_argnames=("network", "depth"))
+def _read(network, params, prompts, prompt_mask, answers, answer_mask, *, depth):
+    return read_answers(network, params, prompts, prompt_mask, answers, answer_mask, depth=depth)

@@ -1,0 +1,117 @@
+"""A tiny backbone with words to read, and rollouts of answers to a few prompts."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from iro_jax.data import Prompt, Rollout, RolloutStore
+from iro_jax.models import Pretrained
+from iro_jax.models.families import translate_config
+from iro_jax.models.network import Network
+from iro_jax.testing import word_tokenizer
+from iro_jax.values import AnswerTokens, ValueFunction, ValueNetwork, ValueParams
+
+WORDS = [f"w{i}" for i in range(40)]
+TOKENIZER = word_tokenizer(WORDS)
+VOCABULARY = 56
+EOS = TOKENIZER.eos_token_id
+FIRST_WORD = len(TOKENIZER) - len(WORDS)
+SHARD = 2
+"""Prompts of a store's shard."""
+
+
+def hf_config(*, width: int = 16) -> dict:
+    """A Llama of two layers; the embedding has rows that no token uses."""
+    return {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "tie_word_embeddings": True,
+        "eos_token_id": EOS,
+        "pad_token_id": TOKENIZER.pad_token_id,
+    }
+
+
+def model(
+    *, head: str = "logits", seed: int = 0, width: int = 16, tokenizer=TOKENIZER, eos_ids=(EOS,)
+) -> Pretrained:
+    """Random weights, large enough that hidden states differ by units."""
+    config = hf_config(width=width)
+    network = Network(translate_config(config, head=head))
+    params = jax.tree.map(lambda x: 8 * x, network.init(jax.random.key(seed)))
+    return Pretrained(network, params, tokenizer, eos_ids, config, Path("tiny"))
+
+
+def score_function(seed: int = 0) -> ValueFunction:
+    """A reward model as a value function."""
+    scored = model(head="score", seed=seed)
+    return ValueFunction(scored, ValueNetwork(scored.network), ValueParams(scored.params))
+
+
+def rollouts(prompts: int = 6, candidates: int = 3, *, seed: int = 0) -> list[Rollout]:
+    """Answers of 1 to 8 words, every other one finished, with rewards in 0..1."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(prompts):
+        asked = rng.integers(FIRST_WORD, len(TOKENIZER), rng.integers(1, 6))
+        prompt = Prompt(f"p{number}", TOKENIZER.decode(asked))
+        for candidate in range(candidates):
+            words = rng.integers(FIRST_WORD, len(TOKENIZER), rng.integers(1, 9))
+            finished = (number + candidate) % 2 == 0
+            found.append(
+                Rollout(
+                    prompt=prompt,
+                    prompt_tokens=asked,
+                    tokens=np.append(words, [EOS] * finished),
+                    text=TOKENIZER.decode(words),
+                    finished=finished,
+                    reward=float(np.mean(words % 2 == 0)),
+                    log_probs=np.zeros(len(words) + finished),
+                    iteration=0,
+                    candidate=candidate,
+                    selected=False,
+                )
+            )
+    return found
+
+
+def store(folder: Path, some: list[Rollout]) -> RolloutStore:
+    """The rollouts on disk, a few prompts a shard."""
+    ids = list(dict.fromkeys(rollout.prompt.id for rollout in some))
+    plan = [ids[start : start + SHARD] for start in range(0, len(ids), SHARD)]
+    made = RolloutStore.create(folder, config_hash="tiny", plan=plan)
+    for number, shard in enumerate(plan):
+        made.write(number, [rollout for rollout in some if rollout.prompt.id in shard])
+    return made
+
+
+def answer_tokens() -> AnswerTokens:
+    return AnswerTokens(TOKENIZER, TOKENIZER)
+
+
+def whole_values(function: ValueFunction, prompt, answer) -> np.ndarray:
+    """V after the prompt and after each token of the answer, by a pass over them alone."""
+    text = np.concatenate([prompt, answer])
+    tokens = np.zeros((1, 40), np.int32)
+    tokens[0, -len(text) :] = text
+    mask = np.arange(40)[None] >= 40 - len(text)
+    values = _forward(function.network, function.params, tokens, mask)
+    return np.asarray(values)[0, -len(answer) - 1 :, 0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(network: ValueNetwork, params, tokens, mask):
+    return network.forward(params, tokens, mask)
