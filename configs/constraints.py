@@ -1,0 +1,37 @@
+"""Instructions about the form of an answer that a program can check, with a binary reward.
+
+SmolLM2-135M-Instruct writes short texts under constraints of IFEval's kinds; value functions
+are fitted by binary cross-entropy (49) on its own hidden states.
+
+What to expect, from 60 validation prompts after one iteration: base 0.30, guided sample 0.35, what
+the verifier picks of its candidates 0.67, best-of-16 0.75: the values are not good enough yet.
+
+    python -m experiments.run --config=configs/constraints.py --workdir=runs/constraints
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import get_base
+
+VARIANTS = ("", "fast")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in VARIANTS:
+        raise ValueError(f"The variants of this config are {VARIANTS}. Got: {variant!r}")
+    config = get_base()
+    config.name = "constraints"
+    config.task = ConfigDict({"name": "constraints", "num_evaluation": 60})
+    config.search.update(max_new_tokens=48, chunk_length=8, shard_size=24)
+    config.search.sampling.update(temperature=1.0, top_k=50)
+    config.loop.update(num_iterations=2, betas=(1.0, 1.0), prompts_per_iteration=96)
+    config.value.loss = "verifiable"
+    config.value.layer = 16
+    config.value.head.output = "sigmoid"
+    for fit in (config.value.fit, config.value.compression):
+        fit.update(learning_rate=1e-3, batch_size=64, num_epochs=20, weight_decay=1e-2)
+    if variant == "fast":
+        config.task.num_evaluation = 12
+        config.loop.prompts_per_iteration = 12
+        config.search.update(max_new_tokens=24, shard_size=12)
+    return config

@@ -1,0 +1,215 @@
+"""One run, end to end: `python -m experiments.run --config=configs/smollm2.py --workdir=DIR`.
+
+Every field of the configuration can be overridden, as in `--config.search.chunk_length=8`, and
+every config has variants, as in `--config=configs/smollm2.py:fast`. A run that was killed goes
+on with the same command.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments.report import write_report, write_table
+from experiments.tasks import Context, build_task, value_head
+from iro_jax.collect import Collector, Guidance, SearchSettings
+from iro_jax.compare import Comparison, MethodResult
+from iro_jax.data import PromptError, RolloutError
+from iro_jax.evaluation import Ledger, LedgerError
+from iro_jax.iro import IRO, Learned, LoopSettings
+from iro_jax.metrics import Metrics
+from iro_jax.models import CheckpointError, Sampling, TextFormat, from_pretrained
+from iro_jax.schedules import betas
+from iro_jax.search import SelectFn, diversity_first, per_parent, top_k
+from iro_jax.values import (
+    FitError,
+    FitSettings,
+    ValueFitter,
+    ValueFunction,
+    ValueSettings,
+)
+from iro_jax.workdir import Workdir, WorkdirError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; by default runs/NAME, NAME being the config's."
+)
+_PROGRESS = flags.DEFINE_bool("progress", True, "Whether to show progress bars.")
+_WANDB = flags.DEFINE_string("wandb", None, "Project of Weights & Biases to log to.")
+
+_SELECTIONS: dict[str, SelectFn] = {
+    "diversity_first": diversity_first,
+    "top_k": top_k,
+    "per_parent": per_parent,
+}
+
+# What a user can put right, told without a stack of frames.
+_EXPECTED = (
+    CheckpointError,
+    FitError,
+    LedgerError,
+    PromptError,
+    RolloutError,
+    WorkdirError,
+    ValueError,
+    OSError,
+    ImportError,
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments. Got: {' '.join(argv[1:])}")
+    keep_compiled()
+    # Orbax tells of every step that it takes, and JAX of every platform that it does not find.
+    for library in ("absl", "jax._src.xla_bridge"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    config = _CONFIG.value
+    folder = Path(_WORKDIR.value or Path("runs") / config.name)
+    try:
+        run(config, folder, progress=_PROGRESS.value, wandb=_WANDB.value)
+    except _EXPECTED as error:
+        if os.environ.get("IRO_JAX_TRACEBACK"):
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def keep_compiled() -> None:
+    """Programs that were compiled once are found again by the next run."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "iro_jax" / "compiled"))
+
+
+def run(config: ConfigDict, folder: Path, *, progress: bool, wandb: str | None = None) -> None:
+    """Runs a configuration once for each of its seeds, and writes the table of all of them."""
+    results: list[list[MethodResult]] = []
+    seeds = tuple(config.seeds) or (config.seed,)
+    for seed in seeds:
+        of_seed = ConfigDict(config.to_dict())
+        of_seed.seed = seed
+        place = folder if len(seeds) == 1 else folder / f"seed_{seed}"
+        results.append(run_seed(of_seed, place, progress=progress, wandb=wandb))
+    print(write_table(folder, results))
+
+
+def run_seed(
+    config: ConfigDict, folder: Path, *, progress: bool, wandb: str | None = None
+) -> list[MethodResult]:
+    """Runs or continues one seed of a configuration."""
+    start = time.perf_counter()
+    # What is wrong with a configuration is told before anything is written.
+    search, value, of_loop = (
+        _search_settings(config),
+        _value_settings(config),
+        _loop_settings(config),
+    )
+    fields = config.to_dict()
+    fields.pop("seeds")
+    workdir = Workdir(folder, fields)
+    ledger = Ledger(workdir / "cost.jsonl")
+    metrics = Metrics(workdir / "tensorboard", wandb_project=wandb, config=fields)
+    policy = from_pretrained(config.policy.name, dtype=config.policy.dtype)
+    assert policy.tokenizer is not None
+    task = build_task(Context(config, policy, config.policy.name, workdir, ledger, progress))
+    collector = Collector(
+        policy,
+        task.reward,
+        search,
+        config_hash=workdir.config_hash,
+        ledger=ledger,
+        reward_reader=task.reward_reader,
+        progress=progress,
+    )
+    loop = IRO(
+        workdir,
+        task.train,
+        task.start,
+        collector,
+        ValueFitter(value, task.tokens, states=task.states, progress=progress),
+        of_loop,
+        task=task.name,
+        ledger=ledger,
+        metrics=metrics,
+    )
+    learned = loop.run()
+    comparison = Comparison(workdir, collector, task.judge)
+    results = comparison(task.evaluation, _searches(learned, task.prefix_reward, config))
+    write_report(workdir, ledger, results)
+    metrics.close()
+    print(f"{folder}: {time.perf_counter() - start:.0f} seconds in this process")
+    return results
+
+
+def _searches(
+    learned: Learned, reward: ValueFunction | None, config: ConfigDict
+) -> dict[str, Guidance]:
+    """What is compared: each iteration, the compressed function, the reward on prefixes."""
+    count = len(learned.functions)
+    searches = {f"iteration_{t}": learned.guidance(t) for t in range(1, count + 1)}
+    if learned.compressed is not None:
+        searches["compressed"] = Guidance((learned.compressed,), (1.0,))
+    if reward is not None and config.eval.reward_on_prefixes:
+        searches["reward_on_prefixes"] = Guidance((reward,), (1.0,))
+    return searches
+
+
+def _search_settings(config: ConfigDict) -> SearchSettings:
+    chosen = config.search.to_dict()
+    sampling = Sampling(**chosen.pop("sampling"))
+    text_format = TextFormat(**chosen.pop("text_format"))
+    chosen["stop_strings"] = tuple(chosen["stop_strings"])
+    chosen["select_fn"] = _select_fn(chosen.pop("select"))
+    return SearchSettings(**chosen, sampling=sampling, text_format=text_format, seed=config.seed)
+
+
+def _select_fn(name: str) -> SelectFn:
+    if name not in _SELECTIONS:
+        raise ValueError(f"select must be one of {tuple(_SELECTIONS)}. Got: {name!r}")
+    return _SELECTIONS[name]
+
+
+def _loop_settings(config: ConfigDict) -> LoopSettings:
+    chosen = config.loop.to_dict()
+    select = chosen.pop("select")
+    chosen["select_fn"] = None if select is None else _select_fn(select)
+    of_each = betas(chosen.pop("betas"), chosen.pop("num_iterations"))
+    return LoopSettings(**chosen, betas=tuple(of_each), seed=config.seed)
+
+
+def _value_settings(config: ConfigDict) -> ValueSettings:
+    chosen = config.value.to_dict()
+    chosen.pop("backbone")
+    chosen["head"] = value_head(config.value)
+    compression = chosen.pop("compression")
+    chosen["targets"] = tuple(chosen["targets"])
+    return ValueSettings(
+        **chosen | {"fit": FitSettings(**chosen["fit"], seed=config.seed)},
+        compression=None if compression is None else FitSettings(**compression, seed=config.seed),
+        seed=config.seed,
+    )
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Flags, with one line where a configuration is given a field that it does not have."""
+    flags.mark_flag_as_required("config")
+    try:
+        return flags.FLAGS(argv)
+    except AttributeError as error:
+        cause = error.args[0]
+        text = cause.args[0] if isinstance(cause, Exception) else cause
+        sys.exit(f"The configuration has no such field: {text}")
+    except flags.Error as error:
+        sys.exit(f"{error}\nUsage: python -m experiments.run --config=FILE [--workdir=FOLDER]")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,78 @@
+"""Instructions about the form of an answer, which a program can check.
+
+A prompt asks for a short text about a topic and names one or two constraints of IFEval's kinds;
+the reward is 1 if the answer meets all of them. Topics of the evaluation are not trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+from experiments.tasks import Context, Task
+from experiments.tasks.prompts import assemble
+from iro_jax.data import Prompt
+from iro_jax.rewards import Constraint, ConstraintReward, describe
+
+TOPICS = (
+    "a walk in the rain", "learning to swim", "the first day of school", "baking bread",
+    "a lost key", "the night sky", "riding a bicycle", "a small garden", "an old bookshop",
+    "the sea in winter", "a train journey", "making tea", "a quiet library", "the morning market",
+    "a broken clock", "planting a tree", "a birthday party", "the local museum", "a snowy street",
+    "repairing a chair", "a letter from a friend", "the sound of bells", "a busy kitchen",
+    "feeding the birds", "a mountain path", "the village fair", "an empty stage", "new neighbours",
+    "painting a wall", "a summer storm", "the river at dawn", "a game of chess", "a long bridge",
+    "waiting for a bus", "a bowl of soup", "an old lighthouse", "a school play", "fixing a radio",
+    "a cat on the roof", "the smell of coffee", "a visit to the dentist", "a forgotten umbrella",
+    "growing tomatoes", "a walk on the beach", "the first snow", "a family dinner", "a paper boat",
+    "moving to a new city", "a bicycle repair shop", "an autumn forest", "a power cut",
+    "the last train home", "a hot air balloon", "a handmade gift", "the weekly shopping",
+    "a flock of geese", "a museum of stones", "an early flight", "a wooden toy", "a rainy picnic",
+)  # fmt: skip
+EVALUATION_TOPICS = 20
+
+CONSTRAINTS = (
+    (Constraint("no_commas"),),
+    (Constraint("lower_case"),),
+    (Constraint("sentences", {"relation": "exactly", "count": 2}),),
+    (Constraint("keyword", {"keyword": "light", "relation": "at least", "count": 1}),),
+    (Constraint("words", {"relation": "at most", "count": 30}),),
+    (
+        Constraint("no_commas"),
+        Constraint("sentences", {"relation": "at most", "count": 3}),
+    ),
+)
+
+
+def build(context: Context) -> Task:
+    """The task of `config.task`: all topics with all constraints."""
+    train, evaluation = TOPICS[EVALUATION_TOPICS:], TOPICS[:EVALUATION_TOPICS]
+    if context.config.eval.split == "validation":
+        train, evaluation = train[EVALUATION_TOPICS:], train[:EVALUATION_TOPICS]
+    limit = context.config.task.num_evaluation
+    prompts = _prompts(evaluation)
+    # In an order that has every constraint among the first ones.
+    chosen = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
+    return assemble(
+        "format constraints",
+        context,
+        _prompts(train),
+        chosen[:limit],
+        ConstraintReward(),
+        ConstraintReward(share=True),
+    )
+
+
+def _prompts(topics: tuple[str, ...]) -> list[Prompt]:
+    found = []
+    for topic, (number, constraints) in itertools.product(topics, enumerate(CONSTRAINTS)):
+        asked = " ".join(map(describe, constraints))
+        text = f"Write a short text about {topic}. {asked}"
+        found.append(
+            Prompt(
+                f"{topic}-{number}",
+                ({"role": "user", "content": text},),
+                [constraint.to_json() for constraint in constraints],
+            )
+        )
+    return found

@@ -1,0 +1,72 @@
+"""Rewards by name, for configurations."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from iro_jax.models import TextFormat, from_pretrained
+from iro_jax.rewards import (
+    CallableReward,
+    ConstraintReward,
+    EndpointReward,
+    ExactMatch,
+    ModelReward,
+    Reward,
+    VaderReward,
+    boxed_answer,
+    gsm8k_answer,
+)
+
+KINDS = ("model", "vader", "boxed", "gsm8k", "constraints", "endpoint", "python")
+
+
+def build_reward(
+    spec: ConfigDict, policy_tokenizer: PreTrainedTokenizerBase, text_format: TextFormat
+) -> Reward:
+    """The reward that a configuration describes.
+
+    Args:
+      spec: `kind`, one of `KINDS`, and its `target`: a reward model's name for `model`, a URL for
+        `endpoint`, `module:function` for `python`; nothing for the others.
+      policy_tokenizer: a reward model with the same one reads the sampled tokens themselves.
+      text_format: how prompts are rendered.
+
+    Raises:
+      ValueError: an unknown kind, or a target that is missing or not to be found.
+    """
+    kind, target = spec.kind, spec.target
+    if kind not in KINDS:
+        raise ValueError(f"A reward's kind must be one of {KINDS}. Got: {kind!r}")
+    if (target is not None) != (kind in ("model", "endpoint", "python")):
+        raise ValueError(
+            f"The rewards 'model', 'endpoint', 'python' need a target. Got: {target!r}"
+        )
+    if kind == "model":
+        return ModelReward.of(
+            from_pretrained(target), policy_tokenizer=policy_tokenizer, text_format=text_format
+        )
+    if kind == "endpoint":
+        return EndpointReward(target)
+    if kind == "python":
+        return CallableReward(_function(target))
+    simple: dict[str, Any] = {
+        "vader": VaderReward,
+        "boxed": lambda: ExactMatch(boxed_answer),
+        "gsm8k": lambda: ExactMatch(gsm8k_answer),
+        "constraints": ConstraintReward,
+    }
+    return simple[kind]()
+
+
+def _function(target: str) -> Any:
+    module, _, name = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"A Python reward is named 'module:function' ({error}). Got: {target!r}"
+        ) from error

@@ -1,0 +1,277 @@
+"""Answers of a guided policy, with their rewards, on disk: shard by shard.
+
+Rollouts to train on and answers to evaluate are the same thing here: every finalist of a
+guided search, scored by a reward and kept in a `RolloutStore`. A shard is a fixed list of
+prompts, searched in batches that depend on these prompts alone, so that one that a kill has
+left out is sampled again to the last bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from iro_jax.data import Prompt, Rollout, RolloutStore
+from iro_jax.evaluation import Cost, Ledger, Reader, reward_cost, trace_cost
+from iro_jax.evaluation.ledger import Phase
+from iro_jax.guidance import Guide, Guided, GuidedAnswer, function_scorer, reads_policy
+from iro_jax.models import Pretrained, Sampling, TextFormat
+from iro_jax.rewards import Reward, check_rewards
+from iro_jax.search import SelectFn, diversity_first
+from iro_jax.values import ValueFunction
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSettings:
+    """How answers are searched for; see `iro_jax.guidance.Guide`.
+
+    Attributes:
+      max_new_tokens: H.
+      beam_width, num_successors, chunk_length: K, B, L.
+      sampling: how the policy's tokens are drawn.
+      stop_strings: texts that end an answer, and are cut off.
+      end_characters: an answer also ends with a token whose text ends in one of these.
+      select_fn: which candidates survive.
+      text_format: how prompts are rendered.
+      batch_size: prompts a program call.
+      shard_size: prompts that are searched, and stored, at a time.
+      seed: of all draws.
+    """
+
+    max_new_tokens: int = 256
+    beam_width: int = 4
+    num_successors: int = 4
+    chunk_length: int = 16
+    sampling: Sampling = Sampling()
+    stop_strings: tuple[str, ...] = ()
+    end_characters: str = ""
+    select_fn: SelectFn = diversity_first
+    text_format: TextFormat = TextFormat()
+    batch_size: int = 8
+    shard_size: int = 32
+    seed: int = 0
+
+    @property
+    def num_candidates(self) -> int:
+        """U."""
+        return self.beam_width * self.num_successors
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """What guides a search: the sum of V_t / beta_t, or nothing."""
+
+    functions: tuple[ValueFunction, ...] = ()
+    betas: tuple[float, ...] = ()
+
+
+class Collector:
+    """Searches prompts and keeps what it finds.
+
+    Args:
+      policy: the frozen model.
+      reward: of whole answers.
+      settings: of the search. Unguided, there is one chunk of the whole length: the
+        candidates are then independent samples, those of best-of-N.
+      config_hash: of everything the answers depend on.
+      ledger: where costs are written down.
+      reward_reader: what the reward reads with, for its FLOPs; None if that is unknown.
+      progress: whether to show bars.
+    """
+
+    def __init__(
+        self,
+        policy: Pretrained,
+        reward: Reward,
+        settings: SearchSettings,
+        *,
+        config_hash: str,
+        ledger: Ledger,
+        reward_reader: Reader | None = None,
+        progress: bool = False,
+    ):
+        self.policy = policy
+        self.reward = reward
+        self.settings = settings
+        self.config_hash = config_hash
+        self.ledger = ledger
+        self.reward_reader = reward_reader
+        self.progress = progress
+
+    def __call__(
+        self,
+        folder: Path,
+        prompts: Sequence[Prompt],
+        guidance: Guidance,
+        *,
+        stage: str,
+        phase: Phase,
+        iteration: int = 0,
+        select_fn: SelectFn | None = None,
+    ) -> RolloutStore:
+        """Fills a store with the finalists of every prompt.
+
+        Args:
+          folder: of the store; shards that are there already stay.
+          guidance: of the search.
+          stage: its name in the cost ledger.
+          phase: `training` or `inference`, for the ledger.
+          iteration: of the loop.
+          select_fn: which candidates survive, if not those of the settings.
+
+        Raises:
+          RolloutError: a stored shard is damaged, or the disk is full.
+          ValueError: a prompt is too long (nothing has been sampled then), or a value or reward
+            is not finite.
+        """
+        size = self.settings.shard_size
+        plan = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+        store = RolloutStore.create(
+            folder, config_hash=self.config_hash, plan=[[p.id for p in shard] for shard in plan]
+        )
+        store.verify()
+        if store.complete:
+            return store
+        readers = value_readers(self.policy, guidance.functions)
+        chat = not isinstance(prompts[0].conversation, str)
+        guide = self.guide(guidance, chat=chat, select_fn=select_fn)
+        guide.check([prompt.conversation for prompt in prompts])
+        missing = store.missing()
+        done = len(prompts) - sum(len(plan[number]) for number in missing)
+        with tqdm(
+            total=len(prompts), initial=done, unit="prompt", desc=stage, disable=not self.progress
+        ) as bar:
+            for number in missing:
+                with self.ledger.measure(stage, str(number), phase) as cost:
+                    rollouts = self._answer(guide, readers, plan[number], iteration, cost)
+                # A killed run may pay for a shard twice, but never forgets what one has cost.
+                store.write(number, rollouts)
+                bar.update(len(plan[number]))
+        return store
+
+    def guide(self, guidance: Guidance, *, chat: bool, select_fn: SelectFn | None = None) -> Guide:
+        """The text interface of one guided policy; `chat` where prompts are conversations."""
+        chosen = self.settings
+        length = chosen.chunk_length if guidance.functions else chosen.max_new_tokens
+        scorer: dict[str, Any] = {}
+        if guidance.functions:
+            names = ("scorer", "scorer_params", "scorer_tokenizer")
+            parts = function_scorer(
+                self.policy,
+                guidance.functions,
+                guidance.betas,
+                chunk_length=length,
+                chat=chat,
+            )
+            scorer = dict(zip(names, parts, strict=True))
+        return Guide(
+            self.policy,
+            sampling=chosen.sampling,
+            beam_width=chosen.beam_width,
+            num_successors=chosen.num_successors,
+            chunk_length=length,
+            max_new_tokens=chosen.max_new_tokens,
+            select_fn=select_fn or chosen.select_fn,
+            stop_strings=chosen.stop_strings,
+            end_characters=chosen.end_characters,
+            batch_size=chosen.batch_size,
+            text_format=chosen.text_format,
+            **scorer,
+        )
+
+    def _answer(
+        self,
+        guide: Guide,
+        readers: Sequence[Reader],
+        prompts: Sequence[Prompt],
+        iteration: int,
+        cost: Cost,
+    ) -> list[Rollout]:
+        found = guide(
+            [prompt.conversation for prompt in prompts],
+            seed=self.settings.seed,
+            prompt_ids=[prompt.id for prompt in prompts],
+        )
+        pairs = [
+            (prompt, answer)
+            for prompt, guided in zip(prompts, found, strict=True)
+            for answer in guided.answers
+        ]
+        asked, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
+        rewards = check_rewards(self.reward(asked, answers), asked)
+        rollouts: list[Rollout] = []
+        for prompt, guided in zip(prompts, found, strict=True):
+            start = len(rollouts)
+            of_prompt = rewards[start : start + len(guided.answers)]
+            tokens = guide.render(prompt.conversation)
+            rollouts += _rollouts(prompt, tokens, guided, of_prompt, iteration)
+        self._bill(cost, guide, readers, found, rollouts)
+        return rollouts
+
+    def _bill(
+        self,
+        cost: Cost,
+        guide: Guide,
+        readers: Sequence[Reader],
+        found: Sequence[Guided],
+        rollouts: Sequence[Rollout],
+    ) -> None:
+        first = {rollout.prompt.id: len(rollout.prompt_tokens) for rollout in rollouts}
+        cost += trace_cost(
+            self.policy.network.config,
+            readers,
+            prompt_tokens=list(first.values()),
+            chunk_lengths=np.stack([guided.chunk_lengths for guided in found], axis=1),
+            chunk_length=guide.search.chunk_length,
+        )
+        lengths = [len(r.prompt_tokens) + len(r.tokens) for r in rollouts]
+        if self.reward_reader is None:
+            cost.reward_queries += len(rollouts)
+        else:
+            cost += reward_cost(self.reward_reader, lengths)
+
+
+def value_readers(policy: Pretrained, functions: Sequence[ValueFunction]) -> list[Reader]:
+    """What the cost ledger has to know about value functions; heads on the policy read nothing."""
+    return [
+        function_reader(function, layers=0 if reads_policy(function, policy) else None)
+        for function in functions
+    ]
+
+
+def function_reader(function: ValueFunction, *, layers: int | None = None) -> Reader:
+    """One value function as the cost ledger sees it; `layers` are those that are run for it."""
+    config = function.network.network.config
+    return Reader(config, function.network.layer if layers is None else layers)
+
+
+def _rollouts(
+    prompt: Prompt,
+    prompt_tokens: np.ndarray,
+    guided: Guided,
+    rewards: np.ndarray,
+    iteration: int,
+) -> list[Rollout]:
+    best = int(np.argmax(rewards))
+
+    def rollout(index: int, answer: GuidedAnswer) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            prompt_tokens=prompt_tokens,
+            tokens=np.asarray(answer.tokens, np.int32),
+            text=answer.text,
+            finished=answer.finished,
+            reward=float(rewards[index]),
+            log_probs=np.asarray(answer.log_probs, np.float32),
+            iteration=iteration,
+            candidate=index,
+            selected=index == best,
+            score=answer.score,
+        )
+
+    return [rollout(index, answer) for index, answer in enumerate(guided.answers)]

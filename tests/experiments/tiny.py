@@ -1,0 +1,96 @@
+"""A run in seconds: a random policy of two layers, its prompts, and the configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from configs.base import get_base
+from experiments.tasks.prompts import source_fields
+from iro_jax.models import Network, Pretrained, save_pretrained, translate_config
+from iro_jax.testing import word_tokenizer
+
+WORDS = [f"w{i}" for i in range(40)]
+
+
+def write_policy(folder: Path, *, head: str = "logits", seed: int = 0, width: int = 16) -> None:
+    """A Llama of two layers over 49 words."""
+    tokenizer = word_tokenizer(WORDS)
+    hf_config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    network = Network(translate_config(hf_config, head=head))
+    params = jax.tree.map(lambda x: 8 * x, network.init(jax.random.key(seed)))
+    eos = (tokenizer.eos_token_id,)
+    save_pretrained(Pretrained(network, params, tokenizer, eos, hf_config, folder), folder)
+
+
+def write_prompts(path: Path, count: int, *, first: int = 0) -> None:
+    lines = [
+        json.dumps({"id": f"p{i}", "prompt": f"{WORDS[i % 40]} {WORDS[(7 * i) % 40]} w1"})
+        for i in range(first, first + count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def reward(conversation: object, text: str) -> float:
+    """The share of words with an even number."""
+    words = [word for word in text.split() if word.startswith("w")]
+    return sum(int(word[1:]) % 2 == 0 for word in words) / max(len(words), 1)
+
+
+def judge(conversation: object, text: str) -> float:
+    """The number of words."""
+    return float(len(text.split()))
+
+
+def get_config(root: str) -> ConfigDict:
+    """Of a run whose policy and prompts are in the folder `root`."""
+    config = get_base()
+    config.name = "tiny"
+    config.policy.name = f"{root}/policy"
+    config.task = ConfigDict(
+        {
+            "name": "prompts",
+            "train": source_fields(f"{root}/train.jsonl"),
+            "evaluation": source_fields(f"{root}/evaluation.jsonl"),
+            "reward": {"kind": "python", "target": "tests.experiments.tiny:reward"},
+            "judge": {"kind": "python", "target": "tests.experiments.tiny:judge"},
+        }
+    )
+    for part in (config.task.train, config.task.evaluation):
+        part.id_field = "id"
+    config.search.update(
+        max_new_tokens=6, beam_width=2, num_successors=2, chunk_length=2, batch_size=4, shard_size=4
+    )
+    config.search.sampling.update(temperature=1.0, top_k=20)
+    config.loop.update(num_iterations=2, betas=(1.0, 2.0), prompts_per_iteration=8, held_out=0.25)
+    config.value.head.hidden = (8,)
+    config.value.layer = 1
+    for fit in (config.value.fit, config.value.compression):
+        fit.update(learning_rate=1e-2, batch_size=8, num_epochs=3)
+    return config
+
+
+def write_all(root: Path) -> None:
+    write_policy(root / "policy")
+    write_prompts(root / "train.jsonl", 20)
+    write_prompts(root / "evaluation.jsonl", 6, first=100)
