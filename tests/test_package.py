@@ -83,7 +83,10 @@ def imports_of(path):
 ROOMS = {
     "models": {"models"},
     "search": {"search"},
-    "values": {"values", "models"},
+    "data": {"data", "models"},
+    "rewards": {"rewards", "data", "models"},
+    "values": {"values", "rewards", "data", "models"},
+    "evaluation": {"evaluation", "models"},
     "guidance": {"guidance", "search", "values", "models"},
 }
 
