@@ -7,7 +7,7 @@ cannot be set.
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 
 def get_base() -> ConfigDict:
@@ -38,7 +38,8 @@ def get_base() -> ConfigDict:
             },
             "loop": {
                 "num_iterations": 3,
-                "betas": (1.0, 1.0, 1.0),
+                # A number, one for each iteration, or Theorem 1's; see `iro_jax.schedules.betas`.
+                "betas": FieldReference(1.0, field_type=object),
                 "prompts_per_iteration": 8192,
                 "dataset": "all",
                 "mixed_only": False,

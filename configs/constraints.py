@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = ConfigDict({"name": "constraints", "num_evaluation": 60})
     config.search.update(max_new_tokens=48, chunk_length=8, shard_size=24)
     config.search.sampling.update(temperature=1.0, top_k=50)
-    config.loop.update(num_iterations=2, betas=(1.0, 1.0), prompts_per_iteration=96)
+    config.loop.update(num_iterations=2, prompts_per_iteration=96)
     config.value.loss = "verifiable"
     config.value.layer = 16
     config.value.head.output = "sigmoid"

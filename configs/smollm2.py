@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.value.compression.update(weight_decay=0.0, num_epochs=100)
     if variant == "fast":
         config.task.update(num_evaluation=16, num_reward_reviews=600)
-        config.loop.update(prompts_per_iteration=8, num_iterations=2, betas=(1.0, 1.0))
+        config.loop.update(prompts_per_iteration=8, num_iterations=2)
         config.search.shard_size = 8
         # The test prompts are for the table.
         config.eval.split = "validation"

@@ -7,6 +7,7 @@ on with the same command.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -123,7 +124,7 @@ def run_seed(
     collector = Collector(
         policy,
         task.reward,
-        search,
+        dataclasses.replace(search, text_format=task.text_format),
         config_hash=workdir.config_hash,
         ledger=ledger,
         reward_reader=task.reward_reader,
@@ -140,6 +141,7 @@ def run_seed(
         ledger=ledger,
         metrics=metrics,
     )
+    loop.check(task.evaluation)
     learned = loop.run()
     comparison = Comparison(workdir, collector, task.judge)
     results = comparison(task.evaluation, _searches(learned, task.prefix_reward, config))

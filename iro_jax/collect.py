@@ -19,7 +19,14 @@ from tqdm.auto import tqdm
 from iro_jax.data import Prompt, Rollout, RolloutStore
 from iro_jax.evaluation import Cost, Ledger, Reader, reward_cost, trace_cost
 from iro_jax.evaluation.ledger import Phase
-from iro_jax.guidance import Guide, Guided, GuidedAnswer, function_scorer, reads_policy
+from iro_jax.guidance import (
+    Guide,
+    Guided,
+    GuidedAnswer,
+    function_scorer,
+    reads_policy,
+    shared_passes,
+)
 from iro_jax.models import Pretrained, Sampling, TextFormat
 from iro_jax.rewards import Reward, check_rewards
 from iro_jax.search import SelectFn, diversity_first
@@ -138,8 +145,7 @@ class Collector:
         if store.complete:
             return store
         readers = value_readers(self.policy, guidance.functions)
-        chat = not isinstance(prompts[0].conversation, str)
-        guide = self.guide(guidance, chat=chat, select_fn=select_fn)
+        guide = self.guide(guidance, chat=_chat(prompts), select_fn=select_fn)
         guide.check([prompt.conversation for prompt in prompts])
         missing = store.missing()
         done = len(prompts) - sum(len(plan[number]) for number in missing)
@@ -153,6 +159,15 @@ class Collector:
                 store.write(number, rollouts)
                 bar.update(len(plan[number]))
         return store
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Looks for prompts that the policy cannot read; samples nothing.
+
+        Raises:
+          ValueError: one is empty or too long, or raw prompts and conversations are mixed.
+        """
+        unguided = self.guide(Guidance(), chat=_chat(prompts))
+        unguided.check([prompt.conversation for prompt in prompts])
 
     def guide(self, guidance: Guidance, *, chat: bool, select_fn: SelectFn | None = None) -> Guide:
         """The text interface of one guided policy; `chat` where prompts are conversations."""
@@ -195,7 +210,8 @@ class Collector:
         found = guide(
             [prompt.conversation for prompt in prompts],
             seed=self.settings.seed,
-            prompt_ids=[prompt.id for prompt in prompts],
+            # Prompts that come up again in a later iteration get other draws.
+            prompt_ids=[f"{p.id}@{iteration}" if iteration else p.id for p in prompts],
         )
         pairs = [
             (prompt, answer)
@@ -236,18 +252,31 @@ class Collector:
             cost += reward_cost(self.reward_reader, lengths)
 
 
+def _chat(prompts: Sequence[Prompt]) -> bool:
+    """Whether prompts are conversations."""
+    first, *kinds = {not isinstance(prompt.conversation, str) for prompt in prompts}
+    if kinds:
+        raise ValueError(
+            "The prompts of a run must be all raw text or all conversations. Got: both"
+        )
+    return first
+
+
 def value_readers(policy: Pretrained, functions: Sequence[ValueFunction]) -> list[Reader]:
     """What the cost ledger has to know about value functions; heads on the policy read nothing."""
+    if all(reads_policy(function, policy) for function in functions):
+        return [function_reader(function, layers=0) for function in functions]
     return [
-        function_reader(function, layers=0 if reads_policy(function, policy) else None)
-        for function in functions
+        dataclasses.replace(function_reader(group[0]), num_values=len(group))
+        for group in shared_passes(functions)
     ]
 
 
 def function_reader(function: ValueFunction, *, layers: int | None = None) -> Reader:
     """One value function as the cost ledger sees it; `layers` are those that are run for it."""
-    config = function.network.network.config
-    return Reader(config, function.network.layer if layers is None else layers)
+    config, adapters = function.network.network.config, function.params.adapters
+    rank = 0 if not adapters else next(iter(adapters[0].values())).down.shape[-1]
+    return Reader(config, function.network.layer if layers is None else layers, lora_rank=rank)
 
 
 def _rollouts(

@@ -152,6 +152,21 @@ class IRO:
         self.ledger = ledger
         self.metrics = metrics
 
+    def check(self, evaluation: Sequence[Prompt] = ()) -> None:
+        """Looks for what would stop the run after long work.
+
+        Args:
+          evaluation: prompts that will be searched afterwards.
+
+        Raises:
+          ValueError: a prompt is empty or too long, or the loss does not go with the head.
+        """
+        chosen = range(self.settings.num_iterations)
+        prompts = [prompt for iteration in chosen for prompt in self._subset(iteration)]
+        self.collector.check([*prompts, *evaluation])
+        self.fitter.tokens.check([*prompts, *evaluation])
+        self.fitter.check(self.start, compress=self.settings.compress)
+
     def run(self) -> Learned:
         """Runs or continues the loop."""
         functions: list[ValueFunction] = []
@@ -171,17 +186,15 @@ class IRO:
         return self.workdir / f"iter_{iteration}"
 
     def _rollouts(self, iteration: int, guidance: Guidance) -> RolloutStore:
-        chosen = self.settings
-        fresh = subset(self.prompts, iteration, chosen.prompts_per_iteration, chosen.seed)
         stage = f"iter_{iteration}/rollouts"
         store = self.collector(
             self._folder(iteration) / "rollouts",
-            fresh,
+            self._subset(iteration),
             guidance,
             stage=stage,
             phase="training",
             iteration=iteration,
-            select_fn=chosen.select_fn,
+            select_fn=self.settings.select_fn,
         )
         if not self.workdir.done(stage):
             rewards = np.asarray([rollout.reward for rollout in store.all()])
@@ -189,6 +202,11 @@ class IRO:
             self.metrics.write(stage, iteration, facts)
             self.workdir.finish(stage, facts)
         return store
+
+    def _subset(self, iteration: int) -> list[Prompt]:
+        """The prompts of an iteration."""
+        chosen = self.settings
+        return subset(self.prompts, iteration, chosen.prompts_per_iteration, chosen.seed)
 
     def _value(
         self, iteration: int, store: RolloutStore, earlier: Sequence[ValueFunction]
@@ -208,8 +226,10 @@ class IRO:
                     desc=stage,
                     on_epoch=lambda line: self._draw(stage, line),
                 )
-                self._bill(cost, fitted)
-            report = self._health(fitted.function, store)
+                self._bill(cost, fitted, new_states=True)
+            with self.ledger.measure(stage, "health", "training") as cost:
+                report = self._health(fitted.function, store, cost)
+                after = self._health(earlier[-1], store, cost) if earlier else None
             facts = self._facts(fitted, train, held_out)
             facts |= {
                 "health": report.to_json(),
@@ -218,11 +238,10 @@ class IRO:
                     for b in report.deciles
                 ],
             }
-            if earlier:
+            if after is not None:
                 before = Health.from_json(
                     self.workdir.result(_value_stage(iteration - 1))["health"]
                 )
-                after = self._health(earlier[-1], store)
                 facts["drift_of_previous"] = dataclasses.asdict(drift(before, after))
             self._export(fitted.function, stage, folder, facts)
             self.metrics.write("health", iteration, _scalars(report))
@@ -246,7 +265,9 @@ class IRO:
                     folder=folder,
                     on_epoch=lambda line: self._draw(stage, line),
                 )
-                self._bill(cost, fitted)
+                self._bill(cost, fitted, new_states=False)
+                for function in functions:
+                    self._bill_values(cost, function, fitted.lengths)
             facts = self._facts(fitted, train, held_out)
             self._export(fitted.function, stage, folder, facts)
             self.workdir.finish(stage, facts)
@@ -264,25 +285,19 @@ class IRO:
         )
         return split_by_prompt(rollouts, chosen.held_out, chosen.seed)
 
-    def _health(self, function: ValueFunction, store: RolloutStore) -> Health:
-        """Of a value function on all candidates of the prompts that its fit did not train on.
-
-        Another tokenizer than the policy's may take more tokens for an answer; the few that take
-        more than twice as many are left out.
-        """
+    def _health(self, function: ValueFunction, store: RolloutStore, cost: Cost) -> Health:
+        """Of a value function on all candidates of the prompts that its fit did not train on."""
         _, rollouts = self._dataset(store, which="all")
         values = self.fitter.values(function, [store], rollouts)
-        chosen = self.collector.settings
-        length = chosen.max_new_tokens * (1 if self.fitter.tokens.of_policy else 2) + 1
-        fitting = [i for i, x in enumerate(values) if len(x) <= length]
-        values = [values[i] for i in fitting]
-        rollouts = [rollouts[i] for i in fitting]
+        length = max(self.collector.settings.max_new_tokens + 1, *map(len, values))
+        lengths = [len(r.prompt_tokens) + len(x) - 1 for r, x in zip(rollouts, values, strict=True)]
+        self._bill_values(cost, function, np.asarray(lengths))
         return measure_health(
             np.stack([np.pad(x, (0, length - len(x))) for x in values]),
             np.arange(length) < np.asarray([len(x) for x in values])[:, None],
             np.asarray([rollout.reward for rollout in rollouts]),
             [rollout.prompt.id for rollout in rollouts],
-            chosen.chunk_length,
+            self.collector.settings.chunk_length,
         )
 
     def _facts(
@@ -295,12 +310,31 @@ class IRO:
             "curve": [dataclasses.asdict(line) for line in fitted.curve],
         }
 
-    def _bill(self, cost: Cost, fitted: FittedFunction) -> None:
-        """Forward and backward; of a head on remembered hidden states, the head alone."""
-        head_only = self.fitter.settings.trainable == "head" and fitted.function.frozen
-        reader = function_reader(fitted.function, layers=0 if head_only else None)
-        cost.tokens_read += 0 if head_only else fitted.prefixes
-        cost.value_flops += 3 * reader.flops(fitted.prefixes)
+    def _bill(self, cost: Cost, fitted: FittedFunction, *, new_states: bool) -> None:
+        """Forward and backward passes of every epoch.
+
+        A head on remembered hidden states is all that is computed again; `new_states` says whether
+        they are read for this fit, unless the reward has read them.
+        """
+        reader = function_reader(fitted.function)
+        if self._heads_only(fitted.function):
+            head = dataclasses.replace(reader, layers=0)
+            cost.value_flops += 3 * fitted.epochs * head.flops(fitted.prefixes)
+            if new_states and getattr(self.collector.reward, "states", None) is None:
+                cost.tokens_read += int(fitted.lengths.sum())
+                cost.value_flops += reader.flops(fitted.lengths)
+        else:
+            cost.tokens_read += fitted.epochs * int(fitted.lengths.sum())
+            cost.value_flops += 3 * fitted.epochs * reader.flops(fitted.lengths)
+
+    def _bill_values(self, cost: Cost, function: ValueFunction, lengths: np.ndarray) -> None:
+        """One pass over whole answers, unless a head finds their hidden states remembered."""
+        if not self._heads_only(function):
+            cost.tokens_read += int(lengths.sum())
+            cost.value_flops += function_reader(function).flops(lengths)
+
+    def _heads_only(self, function: ValueFunction) -> bool:
+        return self.fitter.states is not None and self.fitter.states.serves(function)
 
     def _draw(self, stage: str, line: Epoch) -> None:
         losses = {"train_loss": line.train_loss, "held_out_loss": line.held_out_loss}

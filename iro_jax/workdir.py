@@ -33,7 +33,7 @@ class Workdir:
       config: everything that the run's results depend on, as JSON values.
 
     Raises:
-      WorkdirError: the folder holds a run with another configuration (the fields are named),
+      WorkdirError: the folder holds the work of another configuration (the fields are named),
         its manifest is damaged, or it cannot be written to.
     """
 
@@ -98,12 +98,18 @@ class Workdir:
             write_atomic(path, json.dumps(self.config, indent=1) + "\n")
             return
         stored = read_json(path, WorkdirError)
-        if stored != self.config:
+        if stored != self.config and self._untouched():
+            write_atomic(path, json.dumps(self.config, indent=1) + "\n")
+        elif stored != self.config:
             fields = ", ".join(_differences(stored, self.config)) or "its type"
             raise WorkdirError(
                 f"{self.folder} holds a run with another configuration: use another workdir, or"
                 f" delete it. Different: {fields}"
             )
+
+    def _untouched(self) -> bool:
+        """Whether no stage has stored anything, as after a mistake in the first command."""
+        return {entry.name for entry in self.folder.iterdir()} <= {_CONFIG, "tensorboard"}
 
     def _read_stages(self) -> dict[str, Any]:
         path = self.folder / _MANIFEST

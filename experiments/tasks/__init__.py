@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from iro_jax.data import Prompt
 from iro_jax.evaluation import Ledger, Reader
-from iro_jax.models import Pretrained
+from iro_jax.models import Pretrained, TextFormat
 from iro_jax.rewards import Reward
 from iro_jax.values import AnswerTokens, Head, StateCache, ValueFunction
 from iro_jax.workdir import Workdir
@@ -36,6 +36,7 @@ class Task:
       judge: a second reward that training never sees, or None.
       start: the value function from which V_0 starts.
       prefix_reward: the reward as a value function, if it is one, to search with it directly.
+      text_format: how prompts are rendered, everywhere in the run.
       tokens: answers as value functions read them.
       states: of the value functions' backbone, if it is frozen.
       reward_reader: what the reward reads with, for the cost ledger, if that is a network.
@@ -47,6 +48,7 @@ class Task:
     reward: Reward
     judge: Reward | None
     start: ValueFunction
+    text_format: TextFormat
     tokens: AnswerTokens
     states: StateCache | None
     prefix_reward: ValueFunction | None = None
@@ -74,6 +76,18 @@ class Context:
 
     def path(self, name: str) -> Path:
         return self.workdir / name
+
+    def text_format(self, *models: Pretrained | None) -> TextFormat:
+        """The configured one, with room for an answer in the contexts of the policy and of what
+        else reads both.
+
+        Raises:
+          ValueError: there is none.
+        """
+        chosen = self.config.search
+        readers = [self.policy, *(model for model in models if model is not None)]
+        contexts = [model.network.config.context_length for model in readers]
+        return TextFormat(**chosen.text_format).beside(chosen.max_new_tokens, contexts)
 
 
 def build_task(context: Context) -> Task:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 
 from experiments.tasks import Context, Task
-from experiments.tasks.prompts import assemble
+from experiments.tasks.prompts import start_function, value_start
 from iro_jax.data import Prompt
 from iro_jax.rewards import Constraint, ConstraintReward, describe
 
@@ -47,19 +47,24 @@ CONSTRAINTS = (
 def build(context: Context) -> Task:
     """The task of `config.task`: all topics with all constraints."""
     train, evaluation = TOPICS[EVALUATION_TOPICS:], TOPICS[:EVALUATION_TOPICS]
+    if context.config.eval.split not in ("test", "validation"):
+        raise ValueError(
+            f"eval.split must be 'test' or 'validation'. Got: {context.config.eval.split!r}"
+        )
     if context.config.eval.split == "validation":
         train, evaluation = train[EVALUATION_TOPICS:], train[:EVALUATION_TOPICS]
     limit = context.config.task.num_evaluation
     prompts = _prompts(evaluation)
     # In an order that has every constraint among the first ones.
     chosen = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.id.encode()).digest())
-    return assemble(
-        "format constraints",
-        context,
-        _prompts(train),
-        chosen[:limit],
-        ConstraintReward(),
-        ConstraintReward(share=True),
+    start = start_function(context)
+    return Task(
+        name="format constraints",
+        train=_prompts(train),
+        evaluation=chosen[:limit],
+        reward=ConstraintReward(),
+        judge=ConstraintReward(share=True),
+        **value_start(context, start, context.text_format(start.model)),
     )
 
 

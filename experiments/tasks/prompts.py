@@ -14,12 +14,14 @@ fresh head on it; a reward model is taken as it is, head included.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from experiments.tasks import Context, Task, value_head
-from experiments.tasks.rewards import build_reward
-from iro_jax.collect import function_reader
-from iro_jax.data import Prompt, read_prompts
+from experiments.tasks.rewards import build_reward, load_reward_model
+from iro_jax.data import read_prompts
+from iro_jax.evaluation import Reader
 from iro_jax.models import TextFormat, from_pretrained
 from iro_jax.rewards import Reward
 from iro_jax.values import (
@@ -52,42 +54,42 @@ def source_fields(source: str | None = None) -> ConfigDict:
 def build(context: Context) -> Task:
     """The task of `config.task`."""
     task = context.config.task
+    if context.config.eval.split != "test":
+        raise ValueError(
+            "task.evaluation says what is evaluated; eval.split has to stay 'test'."
+            f" Got: {context.config.eval.split!r}"
+        )
     train = read_prompts(**task.train)
     evaluation = read_prompts(**task.evaluation)
-    text_format = TextFormat(**context.config.search.text_format)
+    start = start_function(context)
+    reward_model = load_reward_model(task.reward)
+    text_format = context.text_format(start.model, reward_model)
     tokenizer = context.policy.tokenizer
     assert tokenizer is not None
     judge: Reward | None = None
     if task.judge is not None:
-        judge = build_reward(task.judge, tokenizer, text_format)
-    reward = build_reward(task.reward, tokenizer, text_format)
-    return assemble("prompts", context, train, evaluation, reward, judge)
-
-
-def assemble(
-    name: str,
-    context: Context,
-    train: list[Prompt],
-    evaluation: list[Prompt],
-    reward: Reward,
-    judge: Reward | None,
-) -> Task:
-    """A task whose value functions start as `config.value` says."""
-    start = start_function(context)
-    assert context.policy.tokenizer is not None
-    text_format = TextFormat(**context.config.search.text_format)
-    frozen = context.config.value.trainable == "head"
+        model = load_reward_model(task.judge)
+        judge = build_reward(task.judge, model, tokenizer, context.text_format(model))
     return Task(
-        name=name,
+        name="prompts",
         train=train,
         evaluation=evaluation,
-        reward=reward,
+        reward=build_reward(task.reward, reward_model, tokenizer, text_format),
         judge=judge,
-        start=start,
-        tokens=AnswerTokens(start.tokenizer, context.policy.tokenizer, text_format=text_format),
-        states=StateCache(start.model, start.network.layer) if frozen else None,
-        reward_reader=function_reader(start) if start.network.head is None else None,
+        reward_reader=None if reward_model is None else Reader(reward_model.network.config),
+        **value_start(context, start, text_format),
     )
+
+
+def value_start(context: Context, start: ValueFunction, text_format: TextFormat) -> dict[str, Any]:
+    """The fields of a task that say where value functions start and what they read."""
+    frozen = context.config.value.trainable == "head"
+    return {
+        "start": start,
+        "text_format": text_format,
+        "tokens": AnswerTokens(start.tokenizer, context.policy, text_format=text_format),
+        "states": StateCache(start.model, start.network.layer) if frozen else None,
+    }
 
 
 def start_function(context: Context) -> ValueFunction:

@@ -76,10 +76,9 @@ def build(context: Context) -> Task:
     of_reward, train = rest[: task.num_reward_reviews], rest[task.num_reward_reviews :]
     backbone, source = _backbone(context)
     function = _reward_model(context, backbone, source, of_reward)
-    assert context.policy.tokenizer is not None
     assert backbone.tokenizer is not None
-    ends = context.config.search.end_characters
-    tokens = AnswerTokens(backbone.tokenizer, context.policy.tokenizer, close=not ends)
+    text_format = context.text_format(backbone)
+    tokens = AnswerTokens(backbone.tokenizer, context.policy, text_format=text_format)
     states = StateCache(backbone, function.network.layer)
     return Task(
         name="positive film reviews",
@@ -88,6 +87,7 @@ def build(context: Context) -> Task:
         reward=FunctionReward(function, tokens, states),
         judge=ClassifierReward(_fit_judge(half_b), whole_text=True),
         start=function,
+        text_format=text_format,
         tokens=tokens,
         states=states,
         prefix_reward=function,

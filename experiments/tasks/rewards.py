@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from iro_jax.models import TextFormat, from_pretrained
+from iro_jax.models import Pretrained, TextFormat, from_pretrained
 from iro_jax.rewards import (
     CallableReward,
     ConstraintReward,
@@ -24,19 +24,15 @@ from iro_jax.rewards import (
 KINDS = ("model", "vader", "boxed", "gsm8k", "constraints", "endpoint", "python")
 
 
-def build_reward(
-    spec: ConfigDict, policy_tokenizer: PreTrainedTokenizerBase, text_format: TextFormat
-) -> Reward:
-    """The reward that a configuration describes.
+def load_reward_model(spec: ConfigDict) -> Pretrained | None:
+    """The network of a reward of the kind `model`; None for the others.
 
     Args:
       spec: `kind`, one of `KINDS`, and its `target`: a reward model's name for `model`, a URL for
         `endpoint`, `module:function` for `python`; nothing for the others.
-      policy_tokenizer: a reward model with the same one reads the sampled tokens themselves.
-      text_format: how prompts are rendered.
 
     Raises:
-      ValueError: an unknown kind, or a target that is missing or not to be found.
+      ValueError: an unknown kind, or a target that is missing or not needed.
     """
     kind, target = spec.kind, spec.target
     if kind not in KINDS:
@@ -45,10 +41,28 @@ def build_reward(
         raise ValueError(
             f"The rewards 'model', 'endpoint', 'python' need a target. Got: {target!r}"
         )
-    if kind == "model":
-        return ModelReward.of(
-            from_pretrained(target), policy_tokenizer=policy_tokenizer, text_format=text_format
-        )
+    return from_pretrained(target) if kind == "model" else None
+
+
+def build_reward(
+    spec: ConfigDict,
+    model: Pretrained | None,
+    policy_tokenizer: PreTrainedTokenizerBase,
+    text_format: TextFormat,
+) -> Reward:
+    """The reward that a configuration describes.
+
+    Args:
+      spec: as for `load_reward_model`, and `model`, what that has loaded.
+      policy_tokenizer: a reward model with the same one reads the sampled tokens themselves.
+      text_format: how prompts are rendered.
+
+    Raises:
+      ValueError: a Python function that is not to be found.
+    """
+    kind, target = spec.kind, spec.target
+    if model is not None:
+        return ModelReward.of(model, policy_tokenizer=policy_tokenizer, text_format=text_format)
     if kind == "endpoint":
         return EndpointReward(target)
     if kind == "python":

@@ -3,7 +3,8 @@
 One line of JSON for each unit (a shard of rollouts, a fit, an evaluation) of each stage. Lines
 are only ever appended, each in one write that is on disk before `append` returns, so that a
 process may be killed at any moment: a torn last line is left out when reading and cut off by the
-next append. Work that is done again after a kill appends again, and its last entry counts.
+next append. Work that is done again after a kill appends again, and its last entry counts, with
+the longest of its times: a stage that was nearly done finds most of it on disk.
 Append a unit's entry before marking the unit as done; then nothing that is done lacks its cost.
 """
 
@@ -109,7 +110,7 @@ class Ledger:
         self.entries()
 
     def entries(self) -> list[Entry]:
-        """The last entry of each unit of each stage, in the order of their first ones.
+        """The entry of each unit of each stage, in the order of their first ones.
 
         Raises:
           LedgerError: a line is no entry.
@@ -126,7 +127,8 @@ class Ledger:
                     f"{self.path}, line {number}: expected an entry of the cost ledger, one JSON"
                     f" object a line ({error}). Got: {line[:80].decode(errors='replace')}"
                 ) from error
-            latest[entry.stage, entry.unit] = entry
+            before = latest.get((entry.stage, entry.unit))
+            latest[entry.stage, entry.unit] = entry if before is None else _again(before, entry)
         return list(latest.values())
 
     def totals(self, phase: Phase | None = None, stage: str | None = None) -> Cost:
@@ -182,6 +184,15 @@ class Ledger:
         cost.compile_seconds = compile_seconds() - compiled
         cost.peak_memory_bytes = peak_memory_bytes()
         self.append(Entry(stage, unit, phase, device_name(), cost))
+
+
+def _again(before: Entry, after: Entry) -> Entry:
+    """The entry of work that was done again: the later counts, the longer times."""
+    longest = {
+        name: max(getattr(before.cost, name), getattr(after.cost, name))
+        for name in ("seconds", "compile_seconds", "peak_memory_bytes")
+    }
+    return dataclasses.replace(after, cost=dataclasses.replace(after.cost, **longest))
 
 
 def compile_seconds() -> float:

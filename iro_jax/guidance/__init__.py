@@ -4,8 +4,8 @@ from iro_jax.guidance.answers import Guided, GuidedAnswer, Reward
 from iro_jax.guidance.api import ApiGuide, ApiSampler, api_value_scorer
 from iro_jax.guidance.bridge import Boundaries, Bridge, BridgedValues
 from iro_jax.guidance.endpoint import ApiError, Endpoint
-from iro_jax.guidance.functions import function_scorer, reads_policy
-from iro_jax.guidance.guide import Guide, same_tokenizer, value_scorer
+from iro_jax.guidance.functions import function_scorer, reads_policy, shared_passes
+from iro_jax.guidance.guide import Guide, value_scorer
 from iro_jax.guidance.guided import GuidedSearch
 from iro_jax.guidance.params import GuidedParams
 from iro_jax.guidance.policy import PolicyMemory, PolicySampler
@@ -49,6 +49,6 @@ __all__ = [
     "api_value_scorer",
     "function_scorer",
     "reads_policy",
-    "same_tokenizer",
+    "shared_passes",
     "value_scorer",
 ]

@@ -69,7 +69,7 @@ class Guided:
     answers: tuple[GuidedAnswer, ...]
     num_tokens: int
     num_queries: int
-    chunk_lengths: Int[np.ndarray, "S K B"]
+    chunk_lengths: Int[np.ndarray, "S K B"] = dataclasses.field(compare=False)
 
     @property
     def text(self) -> str:

@@ -294,7 +294,8 @@ class ApiGuide:
             stop_strings=stop_strings,
         )
         self.params = GuidedParams({}, scorer_params)
-        self.text_format = _with_room(text_format, scorer, max_new_tokens)
+        contexts = [n.network.config.context_length for n in _value_networks(scorer)]
+        self.text_format = text_format.beside(max_new_tokens, contexts)
         self._sizes: dict[str, Any] = {
             "beam_width": beam_width,
             "num_successors": num_successors,
@@ -496,21 +497,6 @@ def _check_scorer(scorer: Scorer) -> None:
 
 def _value_networks(scorer: Scorer) -> tuple[ValueNetwork, ...]:
     return scorer.values.networks if isinstance(scorer, BridgedValues) else ()
-
-
-def _with_room(text_format: TextFormat, scorer: Scorer, max_new_tokens: int) -> TextFormat:
-    """The text format with no longer prompts than the value networks have room for."""
-    contexts = [network.network.config.context_length for network in _value_networks(scorer)]
-    if not contexts:
-        return text_format
-    room = min(contexts) - max_new_tokens
-    if room < 1:
-        raise ValueError(
-            "max_new_tokens must leave room for a prompt in the context of every network."
-            f" Got: max_new_tokens={max_new_tokens}, {min(contexts)} tokens"
-        )
-    limit = room if text_format.max_length is None else min(room, text_format.max_length)
-    return dataclasses.replace(text_format, max_length=limit)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -68,7 +68,7 @@ def function_scorer(
     if all(reads_policy(function, policy) for function in functions):
         scorer, params = _policy_heads(functions, betas)
         return scorer, params, None
-    groups = [list(group) for _, group in itertools.groupby(functions, key=_sharing)]
+    groups = shared_passes(functions)
     return value_scorer(
         policy,
         [group[0].model for group in groups],
@@ -82,6 +82,11 @@ def function_scorer(
 def reads_policy(function: ValueFunction, policy: Pretrained) -> bool:
     """Whether a value function is a head on the policy's own hidden states."""
     return function.frozen and function.params.backbone is policy.params
+
+
+def shared_passes(functions: Sequence[ValueFunction]) -> list[list[ValueFunction]]:
+    """Neighbours that are read in one pass of a backbone, together."""
+    return [list(group) for _, group in itertools.groupby(functions, key=_sharing)]
 
 
 def _policy_heads(
@@ -106,7 +111,6 @@ def _policy_heads(
 
 
 def _sharing(function: ValueFunction) -> tuple[object, ...]:
-    """Neighbours with the same one are read in one pass."""
     network = function.network
     own = network.head is None and not network.adapters
     return (network, id(function) if own else id(function.params.backbone))

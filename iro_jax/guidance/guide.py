@@ -36,7 +36,15 @@ from iro_jax.guidance.scorers import (
     ValueSum,
     ValueSumParams,
 )
-from iro_jax.models import Conversation, Network, Pretrained, Sampling, TextFormat, render
+from iro_jax.models import (
+    Conversation,
+    Network,
+    Pretrained,
+    Sampling,
+    TextFormat,
+    render,
+    same_tokenizer,
+)
 from iro_jax.models.generate import KeyedBatch, batch_prompts, name_prompts
 from iro_jax.models.stop import cut, stop_table
 from iro_jax.models.text import check_ids, end_of_turn
@@ -123,14 +131,8 @@ class Guide:
             self._token_bytes = token_bytes(self.tokenizer, vocabulary)
             table = jnp.asarray(stop_table(self.stop_strings, self._token_bytes))
         self.params = GuidedParams(policy.params, scorer_params, table)
-        room = min(n.config.context_length for n in _networks(self.search)) - max_new_tokens
-        if room < 1:
-            raise ValueError(
-                "max_new_tokens must leave room for a prompt in the context of every network."
-                f" Got: max_new_tokens={max_new_tokens}, {room + max_new_tokens} tokens"
-            )
-        limit = room if text_format.max_length is None else min(room, text_format.max_length)
-        self.text_format = dataclasses.replace(text_format, max_length=limit)
+        contexts = [network.config.context_length for network in _networks(self.search)]
+        self.text_format = text_format.beside(max_new_tokens, contexts)
         off_program = isinstance(scorer, BridgedValues) and jax.default_backend() != "cpu"
         self._from_host = driver == "host" or (driver == "auto" and off_program)
         self._programs = [(self.search, self._compile(self.search))]
@@ -304,11 +306,6 @@ def value_sum(
     if any(not same_tokenizer(own, other) for other in others):
         raise ValueError("The value functions of one scorer need one tokenizer. Got: several")
     return values, params, own
-
-
-def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers give every token the same id."""
-    return a is b or a.get_vocab() == b.get_vocab()
 
 
 def _overflowed(search: GuidedSearch, output: SearchOutput) -> bool:

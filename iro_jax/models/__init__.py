@@ -22,6 +22,7 @@ from iro_jax.models.text import (
     bucket_length,
     pad_prompts,
     render,
+    same_tokenizer,
 )
 from iro_jax.models.weights import (
     CheckpointError,
@@ -61,6 +62,7 @@ __all__ = [
     "pad_prompts",
     "prompt_keys",
     "render",
+    "same_tokenizer",
     "save_pretrained",
     "translate_config",
     "warp",

@@ -9,7 +9,7 @@ buckets, so that programs are compiled once a bucket.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import jinja2
@@ -53,6 +53,27 @@ class TextFormat:
             )
         if self.bos not in ("auto", "always", "never"):
             raise ValueError(f"bos must be 'auto', 'always' or 'never'. Got: {self.bos!r}")
+
+    def beside(self, max_new_tokens: int, context_lengths: Iterable[int]) -> TextFormat:
+        """The format with prompts no longer than contexts leave beside an answer.
+
+        Args:
+          context_lengths: of every network that reads both; none leave the format as it is.
+
+        Raises:
+          ValueError: they leave no room.
+        """
+        shortest = min(context_lengths, default=None)
+        if shortest is None:
+            return self
+        room = shortest - max_new_tokens
+        if room < 1:
+            raise ValueError(
+                "max_new_tokens must leave room for a prompt in the context of every network."
+                f" Got: max_new_tokens={max_new_tokens}, {shortest} tokens"
+            )
+        limit = room if self.max_length is None else min(room, self.max_length)
+        return dataclasses.replace(self, max_length=limit)
 
 
 def render(
@@ -124,6 +145,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no EOS token to end an answer with")
     return tokenizer.eos_token_id
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give every token the same id."""
+    return a is b or a.get_vocab() == b.get_vocab()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from iro_jax.data import Prompt
-from iro_jax.models import Network, Pretrained, TextFormat, bucket_length, render
+from iro_jax.models import Network, Pretrained, TextFormat, bucket_length, render, same_tokenizer
 from iro_jax.models.network import Params
 from iro_jax.models.text import check_ids
 from iro_jax.rewards.token_scores import ScoreFn, TokenScores, Transform
@@ -63,7 +63,7 @@ class ModelReward:
         self.text_format = text_format
         self.vocab_size = vocab_size
         self.reads_sampled_tokens = policy_tokenizer is not None and (
-            policy_tokenizer is tokenizer or policy_tokenizer.get_vocab() == tokenizer.get_vocab()
+            same_tokenizer(policy_tokenizer, tokenizer)
         )
         self._scores = TokenScores(
             score_fn, params, transform=transform, batch_size=batch_size, bucket=bucket

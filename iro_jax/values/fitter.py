@@ -13,7 +13,7 @@ from typing import TypeAlias, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from iro_jax.data import Rollout, RolloutStore
 from iro_jax.models import bucket_length
@@ -90,13 +90,17 @@ class FittedFunction:
     """A value function and how its fit went; see `Fitted`.
 
     Attributes:
-      prefixes: at which it was trained, an epoch at a time.
+      lengths: tokens of the training rollouts, each with its prompt.
+      prefixes: of these rollouts at which it was trained.
+      epochs: passes over them.
     """
 
     function: ValueFunction
     curve: tuple[Epoch, ...]
     best_epoch: int
+    lengths: Int[np.ndarray, " n"]
     prefixes: int
+    epochs: int
 
 
 class ValueFitter:
@@ -121,6 +125,19 @@ class ValueFitter:
         self.tokens = tokens
         self.states = states
         self.progress = progress
+
+    def check(self, start: ValueFunction, *, compress: bool) -> None:
+        """Looks for what would stop a fit, before there is anything to fit to.
+
+        Raises:
+          ValueError: the loss and the head do not go together.
+        """
+        function = self._prepare(start)
+        self._objective(function, self.settings.loss)
+        if self.settings.normalise:
+            _rescaled(function, 0.0, 2.0)
+        if compress:
+            self._objective(self._for_sums(function), "compression")
 
     def __call__(
         self,
@@ -189,11 +206,8 @@ class ValueFitter:
         train_sums, held_out_sums = sums(train), sums(held_out)
         everywhere = np.concatenate(train_sums)
         mean, std = float(everywhere.mean()), float(everywhere.std()) or 1.0
-        function = self._prepare(functions[-1])
+        function = self._for_sums(self._prepare(functions[-1]))
         head = function.network.head
-        if head is not None and head.output != "identity":
-            head = dataclasses.replace(head, output="identity")
-            function = self._with_new_head(function, head)
         if head is None:
             mean, std = 0.0, 1.0
         elif not head.bias:
@@ -231,21 +245,9 @@ class ValueFitter:
         desc: str,
         on_epoch: Callable[[Epoch], None] | None,
     ) -> FittedFunction:
-        network = function.network
-        trained = network.network.config.replace(dtype=self.settings.dtype)
-        if self.settings.trainable != "head":
-            backbone = dataclasses.replace(network.network, config=trained)
-            network = dataclasses.replace(network, network=backbone)
-        objective = ValueObjective(
-            network,
-            loss,
-            self.settings.trainable,
-            gamma=self.settings.gamma,
-            lam=self.settings.lam,
-            remat=self.settings.remat,
-        )
+        objective = self._objective(function, loss)
         train, held_out = self._examples(function, stores, parts)
-        head, scale = network.head, None
+        head, scale = function.network.head, None
         if "states" in train[0]:
             # Hidden states differ by orders of magnitude between their dimensions.
             assert head is not None
@@ -268,9 +270,29 @@ class ValueFitter:
         function = function.with_params(objective.combine(function.params, found.params))
         if scale is not None:
             function = _with_folded_inputs(function, *scale)
-        prefixes = sum(int(example["prefixes"].sum()) for example in train)
+        readings = [self.tokens(rollout.prompt, rollout) for rollout in parts[0][0]]
         return FittedFunction(
-            function, found.curve, found.best_epoch, found.curve[-1].epoch * prefixes
+            function,
+            found.curve,
+            found.best_epoch,
+            lengths=np.asarray([len(prompt) + len(answer) for prompt, answer in readings]),
+            prefixes=sum(int(example["prefixes"].sum()) for example in train),
+            epochs=found.curve[-1].epoch,
+        )
+
+    def _objective(self, function: ValueFunction, loss: LossName) -> ValueObjective:
+        chosen, network = self.settings, function.network
+        if chosen.trainable != "head":
+            config = network.network.config.replace(dtype=chosen.dtype)
+            backbone = dataclasses.replace(network.network, config=config)
+            network = dataclasses.replace(network, network=backbone)
+        return ValueObjective(
+            network,
+            loss,
+            chosen.trainable,
+            gamma=chosen.gamma,
+            lam=chosen.lam,
+            remat=chosen.remat,
         )
 
     def _examples(
@@ -312,6 +334,13 @@ class ValueFitter:
                 function, rank=chosen.rank, targets=chosen.targets, seed=chosen.seed
             )
         return function
+
+    def _for_sums(self, function: ValueFunction) -> ValueFunction:
+        """The function with an output that can be any number."""
+        head = function.network.head
+        if head is None or head.output == "identity":
+            return function
+        return self._with_new_head(function, dataclasses.replace(head, output="identity"))
 
     def _with_new_head(self, function: ValueFunction, head: Head) -> ValueFunction:
         width = function.network.network.config.embed_dim

@@ -8,7 +8,8 @@ pass of their own. What a value function looks like on disk is in `iro_jax.value
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import get_args
 
 import jax
@@ -18,8 +19,10 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from iro_jax.data import Prompt, Rollout
-from iro_jax.models import Params, Pretrained, TextFormat, render
+from iro_jax.models import Params, Pretrained, TextFormat, render, same_tokenizer
 from iro_jax.models.lora import Target, init_adapters
+from iro_jax.models.text import end_of_turn
+from iro_jax.models.token_bytes import token_bytes
 from iro_jax.rewards import Answer
 from iro_jax.values.heads import Head
 from iro_jax.values.network import ValueNetwork, ValueParams
@@ -138,50 +141,66 @@ def standalone(function: ValueFunction) -> tuple[ValueNetwork, ValueParams]:
 
 
 class AnswerTokens:
-    """Prompts and answers as a value function reads them.
+    """Prompts and answers as a value function reads them, in training as in a search.
 
-    With the policy's tokenizer an answer is the very tokens that were sampled; with another one,
-    its text in that tokenizer's tokens, followed by the token that ends an answer if it ended.
+    With the policy's tokenizer an answer is the very tokens that were sampled. With another one,
+    it is the text of these tokens in its own, and the token that ends an answer if they end with
+    the policy's; see `iro_jax.guidance.bridge`. What nobody sampled is read as its text.
 
     Args:
       tokenizer: of the value function.
-      policy_tokenizer: with which answers were sampled.
-      close: whether another tokenizer's token for the end of an answer follows one that ended;
-        not where answers end by what their text says.
+      policy: with which answers were sampled.
       text_format: how prompts are rendered.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        policy_tokenizer: PreTrainedTokenizerBase,
+        policy: Pretrained,
         *,
-        close: bool = True,
         text_format: TextFormat = TextFormat(),
     ):
-        same = tokenizer is policy_tokenizer
-        self.of_policy = same or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        if policy.tokenizer is None:
+            raise ValueError(f"{policy.origin}: there is no tokenizer")
+        self.of_policy = same_tokenizer(tokenizer, policy.tokenizer)
         # One vocabulary may come with two chat templates; the search reads the policy's.
-        self.tokenizer = policy_tokenizer if self.of_policy else tokenizer
-        self.close = close
+        self.tokenizer = policy.tokenizer if self.of_policy else tokenizer
         self.text_format = text_format
+        self._eos_ids = frozenset(policy.eos_ids)
+        self._pieces: tuple[bytes, ...] = ()
+        if not self.of_policy:
+            self._pieces = token_bytes(policy.tokenizer, policy.network.config.vocab_size)
         self._prompts: dict[str, np.ndarray] = {}
+        self._end = functools.cache(functools.partial(end_of_turn, self.tokenizer))
+
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Raises a ValueError where a prompt is empty or too long."""
+        for prompt in prompts:
+            try:
+                self._prompt(prompt)
+            except ValueError as error:
+                raise ValueError(f"Prompt {prompt.id!r}: {error}") from error
+
+    def _prompt(self, prompt: Prompt) -> Int[np.ndarray, " S"]:
+        ids = self._prompts.get(prompt.id)
+        if ids is None:
+            ids = render(self.tokenizer, prompt.conversation, text_format=self.text_format)
+            self._prompts[prompt.id] = ids
+        return ids
 
     def __call__(
         self, prompt: Prompt, answer: Answer | Rollout
     ) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " N"]]:
         """The prompt's tokens, and the answer's."""
-        ids = self._prompts.get(prompt.id)
-        if ids is None:
-            ids = render(self.tokenizer, prompt.conversation, text_format=self.text_format)
-            self._prompts[prompt.id] = ids
-        if self.of_policy:
+        ids = self._prompt(prompt)
+        if self.of_policy and len(answer.tokens):
             return ids, np.asarray(answer.tokens, np.int32)
-        whole = render(
-            self.tokenizer,
-            prompt.conversation,
-            answer=answer.text,
-            finished=answer.finished and self.close,
-            text_format=self.text_format,
-        )
-        return ids, whole[len(ids) :]
+        text, ended = answer.text, answer.finished
+        if len(answer.tokens):
+            text = b"".join(self._pieces[token] for token in answer.tokens).decode(errors="replace")
+            ended = answer.tokens[-1] in self._eos_ids
+        found = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if ended:
+            chat = not isinstance(prompt.conversation, str)
+            found.append(self._end(chat=chat))
+        return ids, np.asarray(found, np.int32)

@@ -3,7 +3,9 @@
 A linear head without bias on the final hidden state is written as a Hugging Face folder that
 `AutoModelForSequenceClassification` opens, with LoRA merged. Every other head is written as
 `value.json` and `value_head.safetensors`: beside its own backbone, or with the name of the
-frozen one that it shares. `from_pretrained` opens all of them, and any reward model.
+frozen one that it shares. A folder for `transformers` has these two files as well if its backbone
+is shared, so that the head can go back to it. `from_pretrained` opens all of them, and any reward
+model.
 """
 
 from __future__ import annotations
@@ -51,29 +53,13 @@ def save_value(
     """
     function = merge_adapters(function)
     extra = {} if card is None else {"README.md": card.encode()}
-    if opens_in_transformers(function):
+    shared = function.source if function.frozen else None
+    whole = opens_in_transformers(function)
+    if function.params.head is not None and (shared is not None or not whole):
+        extra |= _head_files(function, shared)
+    if whole:
         save_pretrained(_as_score_model(function), folder, extra_files=extra)
         return
-    params = function.params.head
-    assert params is not None
-    named = {
-        f"{index}.{name}": np.asarray(jax.device_get(array[0]))
-        for index, layer in enumerate(params)
-        for name, array in layer.items()
-    }
-    head = function.network.head
-    assert head is not None
-    shared = function.source if function.frozen else None
-    description = {
-        "format": _FORMAT,
-        "backbone": shared,
-        "layer": function.network.layer,
-        "head": dataclasses.asdict(head),
-    }
-    extra |= {
-        WEIGHTS: safetensors.numpy.save(named),
-        DESCRIPTION: (json.dumps(description, indent=2, sort_keys=True) + "\n").encode(),
-    }
     if shared is None:
         own = dataclasses.replace(function.model, params=function.params.backbone)
         save_pretrained(own, folder, extra_files=extra)
@@ -81,6 +67,27 @@ def save_value(
     with staged_folder(Path(folder)) as staging:
         for name, content in extra.items():
             (staging / name).write_bytes(content)
+
+
+def _head_files(function: ValueFunction, backbone: str | None) -> dict[str, bytes]:
+    head, params = function.network.head, function.params.head
+    assert head is not None
+    assert params is not None
+    named = {
+        f"{index}.{name}": np.asarray(jax.device_get(array[0]))
+        for index, layer in enumerate(params)
+        for name, array in layer.items()
+    }
+    description = {
+        "format": _FORMAT,
+        "backbone": backbone,
+        "layer": function.network.layer,
+        "head": dataclasses.asdict(head),
+    }
+    return {
+        WEIGHTS: safetensors.numpy.save(named),
+        DESCRIPTION: (json.dumps(description, indent=2, sort_keys=True) + "\n").encode(),
+    }
 
 
 def opens_in_transformers(function: ValueFunction) -> bool:
@@ -110,7 +117,8 @@ def from_pretrained(
       CheckpointError: it is incomplete, damaged, or no value function.
     """
     folder = Path(name)
-    if not (folder / DESCRIPTION).exists():
+    described = (folder / DESCRIPTION).exists()
+    if not described or (backbone is None and _is_whole(folder)):
         model = load_model(name, dtype=dtype)
         if model.network.config.head != "score":
             raise CheckpointError(
@@ -130,6 +138,12 @@ def from_pretrained(
     except ValueError as error:
         raise CheckpointError(f"{folder / DESCRIPTION}: {error}") from error
     return ValueFunction(model, network, ValueParams(model.params, params), source)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a described head also stands there as a score network with its backbone."""
+    model = folder / "config.json"
+    return model.exists() and _read_description(folder)["backbone"] is not None
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
