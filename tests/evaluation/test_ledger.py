@@ -67,6 +67,10 @@ def test_a_unit_that_was_done_again_counts_once(path):
     for unit, tokens in ((0, 5), (1, 7), (0, 6)):
         ledger.append(entry(unit=unit, tokens_sampled=tokens))
     assert ledger.totals().tokens_sampled == 13
+    # What a kill has interrupted finds most of it done, which is no measure of what it takes.
+    for seconds in (90.0, 2.0):
+        ledger.append(entry("slow", seconds=seconds))
+    assert ledger.totals(stage="slow").seconds == 90
     # A number and its name are two units, and so are those of another stage.
     ledger.append(entry(unit="0", tokens_sampled=100))
     ledger.append(entry("fit", unit=0, tokens_sampled=1000))

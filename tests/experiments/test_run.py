@@ -11,8 +11,10 @@ import pytest
 
 from experiments import run as command
 from iro_jax import values
-from iro_jax.data import PromptError, RolloutError, RolloutStore, atomic
-from iro_jax.evaluation import Ledger
+from iro_jax.collect import Collector, Guidance
+from iro_jax.data import Prompt, PromptError, RolloutError, RolloutStore, atomic
+from iro_jax.evaluation import Cost, Ledger
+from iro_jax.rewards import ConstraintReward
 from iro_jax.values import FitError
 from iro_jax.workdir import Workdir, WorkdirError
 from tests.experiments import tiny
@@ -129,6 +131,68 @@ def test_another_configuration_is_refused_by_field(finished):
     config.search.chunk_length = 3
     with pytest.raises(WorkdirError, match=r"search\.chunk_length \(was 2, is 3\)"):
         command.run_seed(config, folder, progress=False)
+
+
+def test_mistakes_are_told_before_any_work_and_can_be_put_right(finished, tmp_path):
+    root, _, _ = finished
+    folder, evaluation = tmp_path / "run", tmp_path / "long.jsonl"
+    evaluation.write_text(json.dumps({"id": "long", "prompt": "w1 " * 200}) + "\n")
+
+    def loss(config):
+        config.value.loss = "verifiable"
+
+    def prompt(config):
+        config.task.evaluation.source = str(evaluation)
+
+    def split(config):
+        config.eval.split = "validation"
+
+    for spoil, message in (
+        (loss, "loss='verifiable' needs a head with output='sigmoid'"),
+        (prompt, "longer than the 122 tokens"),
+        (split, "eval.split has to stay 'test'"),
+    ):
+        config = tiny.get_config(str(root))
+        spoil(config)
+        with pytest.raises(ValueError, match=message):
+            command.run_seed(config, folder, progress=False)
+        assert not (folder / "iter_0").exists()
+    # Nothing was done with these configurations: the right one may have the folder.
+    Workdir(folder, {"another": "configuration"})
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [(2.0, (2, 2)), ({"name": "theorem", "omega": 1.0}, (1, 2**0.5)), ([1, 2.5], (1, 2.5))],
+)
+def test_betas_may_be_a_number_a_list_or_the_theorems(spec, expected):
+    config = tiny.get_config("")
+    config.loop.betas = spec
+    assert command._loop_settings(config).betas == pytest.approx(expected)
+
+
+def test_a_prompt_that_comes_up_again_gets_other_draws(finished, tmp_path):
+    root, _, _ = finished
+    config = tiny.get_config(str(root))
+    config.task.train.limit = 10
+    config.loop.update(compress=False, num_iterations=2, betas=1.0)
+    command.run_seed(config, tmp_path / "run", progress=False)
+    stores = [RolloutStore.open(tmp_path / "run" / f"iter_{t}/rollouts") for t in range(2)]
+    first, second = ({r.prompt.id for r in store.all()} for store in stores)
+    assert len(first & second) == 6
+    policy = command.from_pretrained(config.policy.name)
+    settings = command._search_settings(config)
+    collector = Collector(
+        policy, ConstraintReward(), settings, config_hash="", ledger=Ledger(tmp_path / "cost")
+    )
+    guide = collector.guide(Guidance(), chat=False)
+    cost = Cost()
+    prompts = [Prompt("a", "w1 w2", [])]
+    one, again, other = (
+        [r.text for r in collector._answer(guide, [], prompts, iteration, cost)]
+        for iteration in (0, 0, 1)
+    )
+    assert one == again != other
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):

@@ -16,9 +16,9 @@ from iro_jax.testing import word_tokenizer
 WORDS = [f"w{i}" for i in range(40)]
 
 
-def write_policy(folder: Path, *, head: str = "logits", seed: int = 0, width: int = 16) -> None:
+def write_model(folder: Path, words: list[str], *, seed: int = 0, width: int = 16) -> None:
     """A Llama of two layers over 49 words."""
-    tokenizer = word_tokenizer(WORDS)
+    tokenizer = word_tokenizer(words)
     hf_config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -37,7 +37,7 @@ def write_policy(folder: Path, *, head: str = "logits", seed: int = 0, width: in
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    network = Network(translate_config(hf_config, head=head))
+    network = Network(translate_config(hf_config, head="logits"))
     params = jax.tree.map(lambda x: 8 * x, network.init(jax.random.key(seed)))
     eos = (tokenizer.eos_token_id,)
     save_pretrained(Pretrained(network, params, tokenizer, eos, hf_config, folder), folder)
@@ -63,8 +63,14 @@ def judge(conversation: object, text: str) -> float:
 
 
 def get_config(root: str) -> ConfigDict:
-    """Of a run whose policy and prompts are in the folder `root`."""
+    """Of a run whose policy and prompts are in the folder `root`.
+
+    With `+bridged` after it, value functions are heads on a model with another tokenizer.
+    """
+    root, _, variant = root.partition("+")
     config = get_base()
+    if variant == "bridged":
+        config.value.backbone = f"{root}/values"
     config.name = "tiny"
     config.policy.name = f"{root}/policy"
     config.task = ConfigDict(
@@ -91,6 +97,7 @@ def get_config(root: str) -> ConfigDict:
 
 
 def write_all(root: Path) -> None:
-    write_policy(root / "policy")
+    write_model(root / "policy", WORDS)
+    write_model(root / "values", WORDS[::-1], seed=1)
     write_prompts(root / "train.jsonl", 20)
     write_prompts(root / "evaluation.jsonl", 6, first=100)

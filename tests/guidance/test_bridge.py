@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from iro_jax import search as s
+from iro_jax.data import Prompt
 from iro_jax.guidance import (
     Bridge,
     BridgedValues,
@@ -32,8 +33,9 @@ from iro_jax.models import (
     render,
 )
 from iro_jax.models.token_bytes import token_bytes
+from iro_jax.rewards import TextAnswer
 from iro_jax.testing import tiny_network
-from iro_jax.values import Head, ValueNetwork, ValueParams
+from iro_jax.values import AnswerTokens, Head, ValueNetwork, ValueParams
 
 TEXTS = [
     "The film was unbelievable, wasn't it?  I'd say 12345 times: yes!",
@@ -174,6 +176,27 @@ def test_every_crossing_equals_re_tokenising_everything(tokenizers, policy, read
 
 
 _BRIDGES: dict = {}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_fits_and_rewards_read_what_the_bridge_gives_at_the_end(
+    tokenizers, policy, reader, tmp_path
+):
+    """Whatever the stored text is, cut before a stop string for example."""
+    policy, reader = tokenizers[policy], tokenizers[reader]
+    bridge = bridge_of(policy, reader)
+    network = tiny_network(vocab_size=len(policy))
+    frozen = Pretrained(network, None, policy, (policy.eos_token_id,), {}, tmp_path)
+    read = AnswerTokens(reader, frozen)
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        stream = rng.integers(3, len(policy), 20).tolist()
+        stream = stream[: number // 2] + [policy.eos_token_id] * (number % 2)
+        if stream:
+            answer = TextAnswer("other text", tuple(stream), finished=number % 3 > 0)
+            _, found = read(Prompt("p", "Hello"), answer)
+            assert found.tolist() == bridge.foreign_tokens(stream, complete=True)
 
 
 def test_text_waits_for_whole_characters(tokenizers):

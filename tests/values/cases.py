@@ -99,7 +99,7 @@ def store(folder: Path, some: list[Rollout]) -> RolloutStore:
 
 
 def answer_tokens() -> AnswerTokens:
-    return AnswerTokens(TOKENIZER, TOKENIZER)
+    return AnswerTokens(TOKENIZER, model())
 
 
 def whole_values(function: ValueFunction, prompt, answer) -> np.ndarray:

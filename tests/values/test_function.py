@@ -96,37 +96,46 @@ class TestAnswerTokens:
         # Not what the text would give, which the policy did not write like this.
         answer = TextAnswer("w3", tokens=(12, 0, 13, cases.EOS))
         for tokenizer in (cases.TOKENIZER, word_tokenizer(cases.WORDS)):
-            prompt, tokens = AnswerTokens(tokenizer, cases.TOKENIZER)(self.PROMPT, answer)
+            prompt, tokens = AnswerTokens(tokenizer, MODEL)(self.PROMPT, answer)
             assert prompt.tolist() == cases.TOKENIZER("w1 w2")["input_ids"]
             assert tokens.tolist() == [12, 0, 13, cases.EOS]
 
     def test_prompts_are_read_as_the_policy_reads_them(self):
         other = word_tokenizer(cases.WORDS)
         other.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}<turn>"
-        read = AnswerTokens(other, cases.TOKENIZER)
+        read = AnswerTokens(other, MODEL)
         prompt, _ = read(Prompt("chat", CHAT), TextAnswer("w3", tokens=(12,)))
         assert cases.TOKENIZER.decode(prompt) == "<turn> user w1 w2 </turn> <turn> assistant"
 
     def test_with_another_tokenizer_they_are_its_text_and_its_end(self):
         other = word_tokenizer([*reversed(cases.WORDS)])
-        read = AnswerTokens(other, cases.TOKENIZER)
+        read = AnswerTokens(other, MODEL)
         sampled = (12, 13, cases.EOS)
         for prompt, end in ((self.PROMPT, "<eos>"), (Prompt("chat", CHAT), "</turn>")):
             asked, done = read(prompt, TextAnswer("w3 w4", tokens=sampled, finished=True))
-            _, cut = read(prompt, TextAnswer("w3 w4", tokens=sampled[:2], finished=False))
+            # A stop string may have ended it: the policy's end was not sampled.
+            _, cut = read(prompt, TextAnswer("w3", tokens=sampled[:2], finished=True))
             assert other.decode(asked).startswith(("w1 w2", "<turn> user w1 w2"))
             assert other.decode(done) == f"w3 w4 {end}"
             assert other.decode(cut) == "w3 w4"
 
-    def test_where_answers_end_by_their_text_nothing_follows(self):
-        read = AnswerTokens(word_tokenizer(cases.WORDS[:9]), cases.TOKENIZER, close=False)
-        _, tokens = read(self.PROMPT, TextAnswer("w3 w4", tokens=(12, 13)))
-        assert read.tokenizer.decode(tokens) == "w3 w4"
+    @pytest.mark.parametrize("words", [cases.WORDS, cases.WORDS[::-1]])
+    def test_what_nobody_sampled_is_read_as_text(self, words):
+        read = AnswerTokens(word_tokenizer(words), MODEL)
+        _, ended = read(self.PROMPT, TextAnswer("w3 w4"))
+        _, cut = read(self.PROMPT, TextAnswer("w3 w4", finished=False))
+        assert read.tokenizer.decode(ended) == "w3 w4 <eos>"
+        assert read.tokenizer.decode(cut) == "w3 w4"
+
+    def test_a_prompt_that_cannot_be_read_is_named(self):
+        read = AnswerTokens(cases.TOKENIZER, MODEL, text_format=TextFormat(max_length=1))
+        with pytest.raises(ValueError, match="Prompt 'raw': The prompt is longer than the 1"):
+            read.check([Prompt("short", "w1"), self.PROMPT])
 
     def test_prompts_have_the_runs_format(self):
         read = AnswerTokens(
             cases.TOKENIZER,
-            cases.TOKENIZER,
+            MODEL,
             text_format=TextFormat(max_length=1, truncation="left"),
         )
         prompt, _ = read(self.PROMPT, TextAnswer("w3", tokens=(12,)))

@@ -99,6 +99,22 @@ class TestIroJax:
             ):
                 np.testing.assert_array_equal(a, b)
 
+    def test_a_score_model_goes_back_to_the_backbone_that_it_shares(self, tmp_path):
+        """Otherwise a run's next value function would start from a network of its own."""
+        function = shared_policy(tmp_path / "policy", BARE, None)
+        assert opens_in_transformers(function)
+        save_value(function, tmp_path / "value")
+        shared = from_pretrained(tmp_path / "value", backbone=POLICY)
+        assert shared.frozen
+        assert shared.network == function.network
+        assert shared.params.backbone is POLICY.params
+        alone = from_pretrained(tmp_path / "value")
+        assert alone.network.network.config.head == "score"
+        some = texts()
+        expected = values_at_the_end(function, some)
+        for found in (shared, alone):
+            np.testing.assert_allclose(values_at_the_end(found, some), expected, atol=1e-5)
+
     @pytest.mark.parametrize("adapters", [False, True])
     def test_a_head_with_a_backbone_of_its_own(self, adapters, tmp_path):
         function = with_large_head(new_head(cases.model(seed=7), Head((8,)), layer=1, source=None))
