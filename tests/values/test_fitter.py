@@ -71,7 +71,10 @@ class TestHeads:
         assert np.mean(losses) == pytest.approx(best, rel=1e-3)
         assert found.function.frozen
         assert found.function.source == "the policy"
-        assert found.prefixes == 3 * sum(len(rollout.tokens) + 1 for rollout in TRAIN)
+        assert found.epochs == 3
+        assert found.prefixes == sum(len(rollout.tokens) + 1 for rollout in TRAIN)
+        whole = [len(rollout.prompt_tokens) + len(rollout.tokens) for rollout in TRAIN]
+        assert found.lengths.tolist() == whole
 
     def test_the_fit_starts_at_the_function_that_it_is_given(self, store, tmp_path):
         start = new_head(MODEL, Head((4,)), layer=1, seed=5)
