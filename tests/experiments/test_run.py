@@ -14,7 +14,7 @@ from iro_jax import values
 from iro_jax.collect import Collector, Guidance
 from iro_jax.data import Prompt, PromptError, RolloutError, RolloutStore, atomic
 from iro_jax.evaluation import Cost, Ledger
-from iro_jax.rewards import ConstraintReward
+from iro_jax.rewards import CallableReward
 from iro_jax.values import FitError
 from iro_jax.workdir import Workdir, WorkdirError
 from tests.experiments import tiny
@@ -183,11 +183,11 @@ def test_a_prompt_that_comes_up_again_gets_other_draws(finished, tmp_path):
     policy = command.from_pretrained(config.policy.name)
     settings = command._search_settings(config)
     collector = Collector(
-        policy, ConstraintReward(), settings, config_hash="", ledger=Ledger(tmp_path / "cost")
+        policy, CallableReward(tiny.reward), settings, config_hash="", ledger=Ledger(tmp_path / "cost")
     )
     guide = collector.guide(Guidance(), chat=False)
     cost = Cost()
-    prompts = [Prompt("a", "w1 w2", [])]
+    prompts = [Prompt("a", "w1 w2")]
     one, again, other = (
         [r.text for r in collector._answer(guide, [], prompts, iteration, cost)]
         for iteration in (0, 0, 1)
