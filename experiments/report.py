@@ -170,6 +170,12 @@ def compare(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, Interval]:
                 found[name] = paired(reward[f"{kind}_{t}"], reward[f"{kind}_1"])
                 if judge:
                     found[f"{name}, judge"] = paired(judge[f"{kind}_{t}"], judge[f"{kind}_1"])
+    for kind in ("guided_sample", "iro"):
+        if f"{kind}_compressed" in reward:
+            best = max((f"{kind}_{t}" for t in iterations), key=lambda name: reward[name].mean())
+            found[f"{kind}_compressed - 95% of {best}"] = paired(
+                reward[f"{kind}_compressed"], 0.95 * reward[best]
+            )
     last = iterations[-1]
     for other in ("compressed", "reward_on_prefixes"):
         for kind in ("guided_sample", "iro"):

@@ -117,7 +117,9 @@ def run_seed(
     fields.pop("seeds")
     workdir = Workdir(folder, fields)
     ledger = Ledger(workdir / "cost.jsonl")
-    metrics = Metrics(workdir / "tensorboard", wandb_project=wandb, config=fields)
+    metrics = Metrics(
+        workdir / "tensorboard", wandb_project=wandb, run_id=workdir.run_id, config=fields
+    )
     policy = from_pretrained(config.policy.name, dtype=config.policy.dtype)
     assert policy.tokenizer is not None
     task = build_task(Context(config, policy, config.policy.name, workdir, ledger, progress))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from iro_jax.data import Prompt, Rollout, RolloutStore
+from iro_jax.data import Prompt, Rollout, RolloutError, RolloutStore
 from iro_jax.evaluation import Cost, Ledger, Reader, reward_cost, trace_cost
 from iro_jax.evaluation.ledger import Phase
 from iro_jax.guidance import (
@@ -132,7 +132,8 @@ class Collector:
           select_fn: which candidates survive, if not those of the settings.
 
         Raises:
-          RolloutError: a stored shard is damaged, or the disk is full.
+          RolloutError: a stored shard is damaged or answers another prompt of the same id, or the
+            disk is full.
           ValueError: a prompt is too long (nothing has been sampled then), or a value or reward
             is not finite.
         """
@@ -142,6 +143,7 @@ class Collector:
             folder, config_hash=self.config_hash, plan=[[p.id for p in shard] for shard in plan]
         )
         store.verify()
+        _check_prompts(store, prompts)
         if store.complete:
             return store
         readers = value_readers(self.policy, guidance.functions)
@@ -250,6 +252,17 @@ class Collector:
             cost.reward_queries += len(rollouts)
         else:
             cost += reward_cost(self.reward_reader, lengths)
+
+
+def _check_prompts(store: RolloutStore, prompts: Sequence[Prompt]) -> None:
+    """A file of prompts may have been changed since a killed run read it."""
+    wanted = {prompt.id: prompt for prompt in prompts}
+    for rollout in store.all():
+        if rollout.prompt != wanted[rollout.prompt.id]:
+            raise RolloutError(
+                f"{store.folder} has answers to another prompt of the id {rollout.prompt.id!r}: the"
+                " prompts were changed after it was written. Use another workdir, or delete it"
+            )
 
 
 def _chat(prompts: Sequence[Prompt]) -> bool:

@@ -91,11 +91,9 @@ class Comparison:
         by_reward = [max(of_prompt, key=lambda r: r.reward) for of_prompt in candidates]
         if name == UNGUIDED:
             size = self.collector.settings.num_candidates
-            results = [
-                self._base(candidates),
-                self._picked(f"best_of_{size}", by_reward),
-            ]
-            self._write("base", by_value)
+            base = self._base(candidates)
+            self._write(base, by_value)
+            results = [base, self._picked(f"best_of_{size}", by_reward)]
         else:
             suffix = name.removeprefix("iteration_")
             results = [
@@ -118,9 +116,10 @@ class Comparison:
         return MethodResult("base", means(rewards), None if judged is None else means(judged))
 
     def _picked(self, method: str, rollouts: Sequence[Rollout]) -> MethodResult:
-        self._write(method, rollouts)
         rewards = np.asarray([rollout.reward for rollout in rollouts])
-        return MethodResult(method, rewards, self._judge(rollouts))
+        result = MethodResult(method, rewards, self._judge(rollouts))
+        self._write(result, rollouts)
+        return result
 
     def _judge(self, rollouts: Sequence[Rollout]) -> np.ndarray | None:
         if self.judge is None:
@@ -128,8 +127,12 @@ class Comparison:
         prompts = [rollout.prompt for rollout in rollouts]
         return check_rewards(self.judge(prompts, [_answer(r) for r in rollouts]), prompts)
 
-    def _write(self, method: str, rollouts: Sequence[Rollout]) -> None:
-        """`outputs.jsonl`, whose rows `alpaca_eval` takes as they are."""
+    def _write(self, result: MethodResult, rollouts: Sequence[Rollout]) -> None:
+        """`outputs.jsonl`, whose rows `alpaca_eval` takes as they are, and `metrics.json`.
+
+        Where a method's figures are means over several answers, the rows show one of them.
+        """
+        method = result.name
         folder = self.workdir / "eval" / method
         folder.mkdir(parents=True, exist_ok=True)
         rows = [
@@ -149,7 +152,8 @@ class Comparison:
         metrics = {
             "method": method,
             "num_prompts": len(rows),
-            "mean_reward": float(np.mean([rollout.reward for rollout in rollouts])),
+            "mean_reward": float(np.mean(result.reward)),
+            "mean_judge": None if result.judge is None else float(np.mean(result.judge)),
             "mean_length": float(np.mean([len(rollout.tokens) for rollout in rollouts])),
             "finished": float(np.mean([rollout.finished for rollout in rollouts])),
         }

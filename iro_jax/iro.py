@@ -347,6 +347,8 @@ class IRO:
         if target.exists():
             logging.info("%s was not entered as done: it is written again", target)
             shutil.rmtree(target)
+        for unfinished in folder.glob(f".{target.name}-*"):
+            shutil.rmtree(unfinished)
         save_value(function, target, card=value_card(self.task, stage, function, facts))
 
     def _load(self, folder: Path) -> ValueFunction:

@@ -18,6 +18,7 @@ class Metrics:
     Args:
       folder: for TensorBoard.
       wandb_project: also goes there; needs the package `wandb` and its login.
+      run_id: by which a continued run finds its curves there again.
       config: shown with the run there.
 
     Raises:
@@ -29,6 +30,7 @@ class Metrics:
         folder: Path,
         *,
         wandb_project: str | None = None,
+        run_id: str | None = None,
         config: Mapping[str, Any] | None = None,
     ):
         self._board = SummaryWriter(str(folder))
@@ -44,7 +46,7 @@ class Metrics:
                 project=wandb_project,
                 config=dict(config or {}),
                 resume="allow",
-                id=folder.parent.name,
+                id=run_id,
             )
 
     def write(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:

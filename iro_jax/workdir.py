@@ -53,6 +53,12 @@ class Workdir:
         text = json.dumps(self.config, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @property
+    def run_id(self) -> str:
+        """A name for this run that another folder or configuration does not have."""
+        place = hashlib.sha256(f"{self.folder.resolve()}\n{self.config_hash}".encode())
+        return f"{self.folder.name}-{place.hexdigest()[:12]}"
+
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
 

@@ -146,7 +146,9 @@ def _mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 def _ratio(base: np.ndarray, method: np.ndarray, best: np.ndarray, axis: int = -1) -> np.ndarray:
     start = np.mean(base, axis=axis)
-    return (np.mean(method, axis=axis) - start) / (np.mean(best, axis=axis) - start)
+    gain, gap = np.mean(method, axis=axis) - start, np.mean(best, axis=axis) - start
+    # A resample without a gap, which binary rewards may have, says nothing about a share.
+    return np.divide(gain, gap, out=np.full_like(gain, np.inf), where=gap != 0)
 
 
 def _per_prompt(values: Shaped[ArrayLike, "*seeds n"]) -> Float[np.ndarray, " n"]:

@@ -183,7 +183,11 @@ def test_a_prompt_that_comes_up_again_gets_other_draws(finished, tmp_path):
     policy = command.from_pretrained(config.policy.name)
     settings = command._search_settings(config)
     collector = Collector(
-        policy, CallableReward(tiny.reward), settings, config_hash="", ledger=Ledger(tmp_path / "cost")
+        policy,
+        CallableReward(tiny.reward),
+        settings,
+        config_hash="",
+        ledger=Ledger(tmp_path / "cost"),
     )
     guide = collector.guide(Guidance(), chat=False)
     cost = Cost()
@@ -229,6 +233,19 @@ def test_a_damaged_shard_is_named_and_sampled_again_when_deleted(finished, tmp_p
     again = command.run_seed(config, folder, progress=False)
     assert shard.read_bytes() == whole
     np.testing.assert_array_equal(again[2].reward, results[2].reward)
+
+
+def test_prompts_that_were_changed_under_a_run_are_noticed(finished, tmp_path):
+    root, _, _ = finished
+    config = tiny.get_config(str(root))
+    config.loop.update(num_iterations=1, betas=1.0, compress=False)
+    changed = tmp_path / "evaluation.jsonl"
+    changed.write_text((root / "evaluation.jsonl").read_text())
+    config.task.evaluation.source = str(changed)
+    command.run_seed(config, tmp_path / "run", progress=False)
+    changed.write_text(changed.read_text().replace("w1", "w2"))
+    with pytest.raises(RolloutError, match="answers to another prompt of the id 'p100'"):
+        command.run_seed(config, tmp_path / "run", progress=False)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_rollouts(finished, tmp_path):

@@ -158,10 +158,22 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
+        # The content is on the disk before the name is, and a power cut leaves both or neither.
+        for path in (*staging.rglob("*"), staging):
+            _sync(path)
         os.replace(staging, folder)
+        _sync(folder.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_shards(
