@@ -24,12 +24,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.task = ConfigDict({"name": "constraints", "num_evaluation": 60})
     config.search.update(max_new_tokens=48, chunk_length=8, shard_size=24)
     config.search.sampling.update(temperature=1.0, top_k=50)
-    config.loop.update(num_iterations=2, prompts_per_iteration=96)
+    config.loop.update(num_iterations=2, prompts_per_iteration=96, select="per_parent")
     config.value.loss = "verifiable"
     config.value.layer = 16
-    config.value.head.output = "sigmoid"
+    config.value.head.update(hidden=(128,), output="sigmoid")
     for fit in (config.value.fit, config.value.compression):
-        fit.update(learning_rate=1e-3, batch_size=64, num_epochs=20, weight_decay=1e-2)
+        fit.update(learning_rate=1e-3, batch_size=64, num_epochs=20, weight_decay=1e-1)
     if variant == "fast":
         config.task.num_evaluation = 12
         config.loop.prompts_per_iteration = 12

@@ -28,18 +28,37 @@ TOPICS = (
     "moving to a new city", "a bicycle repair shop", "an autumn forest", "a power cut",
     "the last train home", "a hot air balloon", "a handmade gift", "the weekly shopping",
     "a flock of geese", "a museum of stones", "an early flight", "a wooden toy", "a rainy picnic",
+    "a walk with a dog", "an evening at the theatre", "a bag of apples", "the old mill",
+    "a ferry crossing", "a storm at night", "learning to cook", "a farm in spring",
+    "the corner shop", "a lost letter", "a day at the zoo", "a concert in the park",
+    "a pair of boots", "an orchard in autumn", "the quiet street", "a new bicycle",
+    "a lake in the hills", "the town square", "a box of photographs", "a long queue",
+    "a hidden path", "a cup of cocoa", "the school garden", "a visit to a castle",
+    "a broken window", "a street musician", "a kite on the beach", "an old piano",
+    "a foggy morning", "the first day at work", "a trip to the library",
+    "a field of sunflowers", "a windy afternoon", "an unexpected guest", "a jar of honey",
+    "the night bus", "a wooden boat", "a game of football", "a crowded tram", "a winter coat",
 )  # fmt: skip
 EVALUATION_TOPICS = 20
 
 CONSTRAINTS = (
     (Constraint("no_commas"),),
-    (Constraint("lower_case"),),
-    (Constraint("sentences", {"relation": "exactly", "count": 2}),),
-    (Constraint("keyword", {"keyword": "light", "relation": "at least", "count": 1}),),
-    (Constraint("words", {"relation": "at most", "count": 30}),),
     (
         Constraint("no_commas"),
         Constraint("sentences", {"relation": "at most", "count": 3}),
+    ),
+    (
+        Constraint("no_commas"),
+        Constraint("forbidden_words", {"words": ["and"]}),
+    ),
+    (
+        Constraint("no_commas"),
+        Constraint("words", {"relation": "at least", "count": 30}),
+    ),
+    (Constraint("forbidden_words", {"words": ["the"]}),),
+    (
+        Constraint("forbidden_words", {"words": ["and"]}),
+        Constraint("sentences", {"relation": "exactly", "count": 2}),
     ),
 )
 
