@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from iro_jax.compare import MethodResult
-from iro_jax.data import write_atomic
 from iro_jax.evaluation import (
     Cost,
     Drift,
@@ -26,6 +25,7 @@ from iro_jax.evaluation import (
     reward_gap,
     save_health_plots,
 )
+from iro_jax.files import write_atomic
 from iro_jax.workdir import Workdir
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Float
 
 from iro_jax.collect import Collector, Guidance
-from iro_jax.data import Prompt, Rollout, write_atomic
+from iro_jax.data import Prompt, Rollout
+from iro_jax.files import write_atomic
 from iro_jax.rewards import Reward, TextAnswer, check_rewards
 from iro_jax.workdir import Workdir
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from iro_jax.data import read_json, remove_unfinished, write_atomic
+from iro_jax.files import read_json, remove_unfinished, write_atomic
 
 SCHEMA = 1
 _CONFIG, _MANIFEST = "config.json", "manifest.json"

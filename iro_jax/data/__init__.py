@@ -1,6 +1,5 @@
 """Prompts in, rollouts out: reading prompts, storing rollouts, choosing what values train on."""
 
-from iro_jax.data.atomic import read_json, remove_unfinished, write_atomic
 from iro_jax.data.dataset import batches, choose, num_batches, split_by_prompt
 from iro_jax.data.prompts import Prompt, read_prompts, subset, write_prompts
 from iro_jax.data.rollouts import Rollout
@@ -17,11 +16,8 @@ __all__ = [
     "batches",
     "choose",
     "num_batches",
-    "read_json",
     "read_prompts",
-    "remove_unfinished",
     "split_by_prompt",
     "subset",
-    "write_atomic",
     "write_prompts",
 ]

@@ -18,8 +18,8 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from iro_jax.data.atomic import read_json, remove_unfinished, replacing, write_atomic
 from iro_jax.data.rollouts import SCHEMA, Rollout
+from iro_jax.files import read_json, remove_unfinished, replacing, write_atomic
 
 _MANIFEST = "manifest.json"
 _GROUPED_SINGLY = "group_size:1"  # each record can be read without its neighbours

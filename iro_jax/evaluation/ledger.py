@@ -24,6 +24,8 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from iro_jax.files import sync
+
 Phase = Literal["training", "inference"]
 """What a cost is for: making value functions, or answering with them."""
 
@@ -166,7 +168,7 @@ class Ledger:
                     f" not be written; all earlier entries are kept. Got: {error.strerror}",
                 ) from error
         if new:
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
 
     @contextlib.contextmanager
     def measure(self, stage: str, unit: int | str, phase: Phase) -> Iterator[Cost]:
@@ -247,14 +249,6 @@ def device_name() -> str:
 def _number(x: Any) -> int | float:
     """Scalars of numpy and JAX as Python's."""
     return x.item()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _end_of_lines(file: FileIO) -> int:

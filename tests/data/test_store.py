@@ -12,7 +12,8 @@ import grain
 import numpy as np
 import pytest
 
-from iro_jax.data import Prompt, Rollout, RolloutError, RolloutStore, atomic, store
+from iro_jax import files
+from iro_jax.data import Prompt, Rollout, RolloutError, RolloutStore, store
 
 PLAN = [["a", "b"], ["c"], ["d", "e"]]
 
@@ -264,7 +265,7 @@ class TestFailedWrites:
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(atomic.os, name, fail)
+            patch.setattr(files.os, name, fail)
             if call < {"fsync": 4, "replace": 2}[name]:
                 with pytest.raises(RolloutError, match=r"rollouts; .*intact.*No space") as caught:
                     opened.write(1, shard(1))
@@ -316,7 +317,8 @@ class TestFailedWrites:
 
 KILLS = """
 import os, pathlib, signal, sys
-from iro_jax.data import atomic, store
+from iro_jax import files
+from iro_jax.data import store
 from tests.data.test_store import contents, create, sample
 
 PLAN = [["a"], ["b"]]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import run as command
-from iro_jax import values
+from iro_jax import files, values
 from iro_jax.collect import Collector, Guidance
-from iro_jax.data import Prompt, PromptError, RolloutError, RolloutStore, atomic
+from iro_jax.data import Prompt, PromptError, RolloutError, RolloutStore
 from iro_jax.evaluation import Cost, Ledger
 from iro_jax.rewards import CallableReward
 from iro_jax.values import FitError
@@ -263,7 +263,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(finished, tmp_path, monkeyp
     """The second shard finds no space; afterwards the run goes on with the first one."""
     root, _, results = finished
     written = []
-    sync = atomic._sync
+    sync = files.sync
 
     def full(path):
         if "arrayrecord" in str(path):
@@ -274,7 +274,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(finished, tmp_path, monkeyp
 
     config = tiny.get_config(str(root))
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "_sync", full)
+        patch.setattr(files, "sync", full)
         with pytest.raises(RolloutError, match="stored there before is intact"):
             command.run_seed(config, tmp_path / "run", progress=False)
     store = RolloutStore.open(tmp_path / "run" / "iter_0" / "rollouts")

@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from iro_jax.files import sync
 from iro_jax.models.weights.checkpoint import CheckpointError, id_set, read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -160,20 +161,12 @@ def staged_folder(folder: Path) -> Iterator[Path]:
         staging.chmod(0o777 & ~_umask())
         # The content is on the disk before the name is, and a power cut leaves both or neither.
         for path in (*staging.rglob("*"), staging):
-            _sync(path)
+            sync(path)
         os.replace(staging, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_shards(

@@ -43,9 +43,9 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}{_SUFFIX}")
     try:
         yield unfinished
-        _sync(unfinished)
+        sync(unfinished)
         os.replace(unfinished, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
@@ -73,7 +73,8 @@ def read_json(path: str | Path, error: type[Exception] = ValueError) -> Any:
         raise error(f"{path}: expected a file with JSON. Got: {cause}") from cause
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Puts a file's content, or a folder's names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

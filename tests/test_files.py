@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from iro_jax.data import atomic, read_json, remove_unfinished, write_atomic
+from iro_jax import files
+from iro_jax.files import read_json, remove_unfinished, write_atomic
 
 
 def test_text_and_bytes(tmp_path):
@@ -23,7 +24,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path, monkeypatch, name):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(atomic.os, name, full)
+    monkeypatch.setattr(files.os, name, full)
     with pytest.raises(OSError, match=r"a could not be written.*No space") as caught:
         write_atomic(tmp_path / "a", "new")
     assert caught.value.errno == errno.ENOSPC
