@@ -48,7 +48,7 @@ class LoopSettings:
     Attributes:
       betas: beta_t of each iteration; their number is T.
       prompts_per_iteration: m, prompts of each iteration's fresh subset.
-      dataset: which of a prompt's candidates V_t is fitted to; see `iro_jax.data.choose`.
+      dataset: which of a prompt's candidates V_t is fitted to; `iro_jax.data.choose` has figures.
       mixed_only: leave out prompts whose candidates are all right or all wrong.
       held_out: share of the prompts that fits do not train on.
       select_fn: which candidates survive in the searches for rollouts; None for those of the
