@@ -5,42 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from configs.base import get_base
 from experiments.tasks.prompts import source_fields
-from iro_jax.models import Network, Pretrained, save_pretrained, translate_config
-from iro_jax.testing import word_tokenizer
+from iro_jax.models import save_pretrained
+from iro_jax.testing import tiny_pretrained, word_tokenizer
 
 WORDS = [f"w{i}" for i in range(40)]
 
 
-def write_model(folder: Path, words: list[str], *, seed: int = 0, width: int = 16) -> None:
-    """A Llama of two layers over 49 words."""
-    tokenizer = word_tokenizer(words)
-    hf_config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": len(tokenizer),
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        "tie_word_embeddings": True,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    network = Network(translate_config(hf_config, head="logits"))
-    params = jax.tree.map(lambda x: 8 * x, network.init(jax.random.key(seed)))
-    eos = (tokenizer.eos_token_id,)
-    save_pretrained(Pretrained(network, params, tokenizer, eos, hf_config, folder), folder)
+def write_model(folder: Path, words: list[str], *, seed: int = 0) -> None:
+    save_pretrained(tiny_pretrained(word_tokenizer(words), seed=seed, origin=folder), folder)
 
 
 def write_prompts(path: Path, count: int, *, first: int = 0) -> None:

@@ -1,10 +1,9 @@
 """A completions server on this machine, and a model of text small enough to write down."""
 
-import json
 import math
 import random
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.local_server import LocalServer
 
 END = None
 TOKENS = ("a", "b", " the", " film", "é", "😀", " 你好", ".", "\n", END)
@@ -35,67 +34,19 @@ class TextModel:
         return sampled
 
 
-class CompletionsServer:
-    """Answers `POST /v1/completions`; a context manager.
-
-    `respond` makes a body from a request's body, or `(status, body)`; text is sent as it is.
-
-    Attributes:
-      requests: the bodies in the order of their arrival.
-      most_at_once: how many requests were answered at the same time.
-    """
+class CompletionsServer(LocalServer):
+    """Answers `POST /v1/completions`: `respond` makes a reply from a request's body."""
 
     def __init__(self, respond):
+        super().__init__()
         self.respond = respond
-        self.requests, self.most_at_once, self._now = [], 0, 0
-        self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+
+    def reply(self, path, body, number):
+        return self.respond(body) if path == "/v1/completions" else "no such page"
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def _handler(self):
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server._lock:
-                    server.requests.append(body)
-                    server._now += 1
-                    server.most_at_once = max(server.most_at_once, server._now)
-                found = server.respond(body) if self.path == "/v1/completions" else "no such page"
-                with server._lock:
-                    server._now -= 1
-                status, found = found if isinstance(found, tuple) else (200, found)
-                kind = "text/html" if isinstance(found, str) else "application/json"
-                data = (found if isinstance(found, str) else json.dumps(found)).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(data)))
-                self.send_header("Retry-After-Ms", "1")
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        return Handler
+        return f"{super().url}/v1"
 
 
 def serve(model, *, name="tiny", most_choices=None):

@@ -10,8 +10,6 @@ import numpy as np
 
 from iro_jax.data import Prompt, Rollout, RolloutStore
 from iro_jax.models import Pretrained
-from iro_jax.models.families import translate_config
-from iro_jax.models.network import Network
 from iro_jax.testing import word_tokenizer
 from iro_jax.values import AnswerTokens, ValueFunction, ValueNetwork, ValueParams
 
@@ -24,35 +22,9 @@ SHARD = 2
 """Prompts of a store's shard."""
 
 
-def hf_config(*, width: int = 16) -> dict:
-    """A Llama of two layers; the embedding has rows that no token uses."""
-    return {
-        "model_type": "llama",
-        "vocab_size": VOCABULARY,
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        "tie_word_embeddings": True,
-        "eos_token_id": EOS,
-        "pad_token_id": TOKENIZER.pad_token_id,
-    }
-
-
-def model(
-    *, head: str = "logits", seed: int = 0, width: int = 16, tokenizer=TOKENIZER, eos_ids=(EOS,)
-) -> Pretrained:
-    """Random weights, large enough that hidden states differ by units."""
-    config = hf_config(width=width)
-    network = Network(translate_config(config, head=head))
-    params = jax.tree.map(lambda x: 8 * x, network.init(jax.random.key(seed)))
-    return Pretrained(network, params, tokenizer, eos_ids, config, Path("tiny"))
+def model(**options) -> Pretrained:
+    """A tiny backbone; its embedding has rows that no token uses."""
+    return tiny_pretrained(**{"tokenizer": TOKENIZER, "vocab_size": VOCABULARY} | options)
 
 
 def score_function(seed: int = 0) -> ValueFunction:
