@@ -10,7 +10,7 @@ import numpy as np
 
 from iro_jax.data import Prompt, Rollout, RolloutStore
 from iro_jax.models import Pretrained
-from iro_jax.testing import word_tokenizer
+from iro_jax.testing import tiny_pretrained, word_tokenizer
 from iro_jax.values import AnswerTokens, ValueFunction, ValueNetwork, ValueParams
 
 WORDS = [f"w{i}" for i in range(40)]
