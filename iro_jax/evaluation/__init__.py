@@ -21,6 +21,15 @@ from iro_jax.evaluation.health import (
     reward_gap,
 )
 from iro_jax.evaluation.ledger import Cost, Entry, Ledger, LedgerError
+from iro_jax.evaluation.length_control import (
+    GamedBaselines,
+    JudgedAnswer,
+    LengthModel,
+    fit_length_model,
+    length_controlled_win_rate,
+    standardised_lengths,
+    win_rate,
+)
 from iro_jax.evaluation.plots import save_health_plots
 from iro_jax.evaluation.statistics import (
     Interval,
@@ -37,10 +46,13 @@ __all__ = [
     "Drift",
     "Entry",
     "Fit",
+    "GamedBaselines",
     "Health",
     "Interval",
+    "JudgedAnswer",
     "Ledger",
     "LedgerError",
+    "LengthModel",
     "Reader",
     "RewardGap",
     "bootstrap",
@@ -48,8 +60,10 @@ __all__ = [
     "decode_flops",
     "drift",
     "errors_by_prompt",
+    "fit_length_model",
     "forward_flops",
     "gap_closed",
+    "length_controlled_win_rate",
     "markdown_table",
     "measure_health",
     "paired",
@@ -58,5 +72,7 @@ __all__ = [
     "sample_cost",
     "save_health_plots",
     "search_cost",
+    "standardised_lengths",
     "trace_cost",
+    "win_rate",
 ]
