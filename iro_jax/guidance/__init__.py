@@ -8,7 +8,7 @@ from iro_jax.guidance.functions import function_scorer, reads_policy, shared_pas
 from iro_jax.guidance.guide import Guide, value_scorer
 from iro_jax.guidance.guided import GuidedSearch
 from iro_jax.guidance.params import GuidedParams
-from iro_jax.guidance.policy import PolicyMemory, PolicySampler
+from iro_jax.guidance.policy import PolicyMemory, PolicySampler, Segments, TopTokens
 from iro_jax.guidance.scorers import (
     LogRatio,
     LogRatioParams,
@@ -43,7 +43,9 @@ __all__ = [
     "PolicySampler",
     "Reward",
     "Scorer",
+    "Segments",
     "Sizes",
+    "TopTokens",
     "ValueSum",
     "ValueSumParams",
     "api_value_scorer",

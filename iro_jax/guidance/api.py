@@ -58,6 +58,7 @@ from iro_jax.models.generate import KeyedBatch, batch_prompts, name_prompts
 from iro_jax.models.stop import cut
 from iro_jax.models.text import Message, check_ids, end_of_turn
 from iro_jax.search import (
+    AcceptFirst,
     Candidates,
     Chunk,
     Frontier,
@@ -276,6 +277,8 @@ class ApiGuide:
         ):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1. Got: {size}")
+        if isinstance(select_fn, AcceptFirst):
+            raise ValueError("AcceptFirst counts tokens, and a server's answers come as bytes")
         _check_scorer(scorer)
         if isinstance(scorer, BridgedValues) != (scorer_tokenizer is not None):
             raise ValueError("A scorer with a bridge and a scorer_tokenizer belong together")

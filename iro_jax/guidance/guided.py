@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 from iro_jax.guidance.params import GuidedParams
-from iro_jax.guidance.policy import PolicySampler
+from iro_jax.guidance.policy import PolicySampler, Segments, TopTokens
 from iro_jax.guidance.scorers import NoScore, Scorer, Sizes
 from iro_jax.models import Network, Sampling
-from iro_jax.search import HostSearch, Root, SearchOutput, SelectFn, diversity_first, search
+from iro_jax.search import (
+    AcceptFirst,
+    HostSearch,
+    PromptScore,
+    Root,
+    ScoreFn,
+    SearchOutput,
+    SelectFn,
+    diversity_first,
+    search,
+)
 
 _UNGUIDED = NoScore()
 _PLAIN = Sampling()
@@ -35,6 +45,8 @@ class GuidedSearch:
       capacity: H, the longest answer in tokens that there is room for.
       select_fn: which candidates survive; see `iro_jax.search.selection`.
       reuse_finished: see `iro_jax.search.search`.
+      successors: `sampled` chunks, or the B most probable `top_tokens`, with L = 1.
+      segments: where sampled chunks end before L tokens; None where they do not.
     """
 
     policy: Network
@@ -47,6 +59,8 @@ class GuidedSearch:
     capacity: int = 256
     select_fn: SelectFn = diversity_first
     reuse_finished: bool = False
+    successors: Literal["sampled", "top_tokens"] = "sampled"
+    segments: Segments | None = None
 
     def __post_init__(self):
         for name in ("beam_width", "num_successors", "chunk_length", "capacity"):
@@ -57,18 +71,47 @@ class GuidedSearch:
         vocabulary = self.policy.config.vocab_size
         if any(not 0 <= eos < vocabulary for eos in self.eos_ids):
             raise ValueError(f"eos_ids must be below {vocabulary}. Got: {self.eos_ids}")
+        if self.successors not in ("sampled", "top_tokens"):
+            raise ValueError(
+                f"successors must be 'sampled' or 'top_tokens'. Got: {self.successors!r}"
+            )
+        if self.successors == "top_tokens" and (
+            self.chunk_length != 1 or self.num_successors > vocabulary or self.segments
+        ):
+            raise ValueError(
+                f"The most probable tokens make chunks of one token, at most {vocabulary} of them."
+                f" Got: chunk_length={self.chunk_length}, num_successors={self.num_successors},"
+                f" segments={self.segments}"
+            )
         self.scorer.check(self.policy)
 
     @property
     def max_steps(self) -> int:
-        """S: chunks of the longest answer."""
-        return -(-self.capacity // self.chunk_length)
+        """S: the most chunks of an answer."""
+        shortest = self.chunk_length
+        if self.segments is not None:
+            shortest = min(shortest, self.segments.min_tokens)
+        return -(-self.capacity // shortest)
 
     @property
     def expand_fn(self) -> PolicySampler:
-        return PolicySampler(
-            self.policy, self.sampling, self.eos_ids, self.chunk_length, self.scorer.features
+        kind = TopTokens if self.successors == "top_tokens" else PolicySampler
+        return kind(
+            self.policy,
+            self.sampling,
+            self.eos_ids,
+            self.chunk_length,
+            self.scorer.features,
+            self.segments,
         )
+
+    @property
+    def score_fn(self) -> ScoreFn:
+        return PromptScore(self.scorer) if self._remembers_prompts else self.scorer
+
+    @property
+    def _remembers_prompts(self) -> bool:
+        return isinstance(self.select_fn, AcceptFirst)
 
     def root(
         self,
@@ -92,7 +135,8 @@ class GuidedSearch:
         if scorer_prompts is not None:
             tokens, mask = scorer_prompts
         scores, score_memory = self.scorer.root(params, tokens, mask, features, sizes)
-        return Root(memory, score_memory, scores)
+        root = Root(memory, score_memory, scores)
+        return PromptScore(self.scorer).root(root) if self._remembers_prompts else root
 
     def __call__(
         self,
@@ -141,11 +185,12 @@ class GuidedSearch:
     def _pieces(self) -> dict[str, Any]:
         return {
             "expand_fn": self.expand_fn,
-            "score_fn": self.scorer,
+            "score_fn": self.score_fn,
             "select_fn": self.select_fn,
             "beam_width": self.beam_width,
             "num_successors": self.num_successors,
             "chunk_length": self.chunk_length,
             "capacity": self.capacity,
+            "max_steps": self.max_steps,
             "reuse_finished": self.reuse_finished,
         }

@@ -1,4 +1,8 @@
-"""Sampling chunks from a network: the `expand_fn` of a frozen policy."""
+"""How a frozen policy extends beams: the `expand_fn`s.
+
+PolicySampler   samples B chunks of up to L tokens behind every beam
+TopTokens       takes the B most probable next tokens of every beam
+"""
 
 from __future__ import annotations
 
@@ -41,6 +45,23 @@ class PolicyMemory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Segments:
+    """Chunks that end where the policy is in doubt, as in CARDS (arXiv 2406.16306).
+
+    Attributes:
+      entropy: a chunk ends where the next token's entropy reaches this, in nats.
+      min_tokens: but not before so many.
+    """
+
+    entropy: float = 3.0
+    min_tokens: int = 4
+
+    def __post_init__(self):
+        if self.min_tokens < 1:
+            raise ValueError(f"min_tokens must be at least 1. Got: {self.min_tokens}")
+
+
+@dataclasses.dataclass(frozen=True)
 class PolicySampler:
     """Samples B chunks of up to L tokens behind every beam.
 
@@ -54,6 +75,7 @@ class PolicySampler:
       chunk_length: L.
       features: hidden states to hand to the scorer, read at each candidate's last token:
         `hidden` or numbers of layers.
+      segments: where chunks end before L tokens; None where they do not.
     """
 
     network: Network
@@ -61,6 +83,7 @@ class PolicySampler:
     eos_ids: tuple[int, ...]
     chunk_length: int
     features: tuple[Depth, ...] = ()
+    segments: Segments | None = None
 
     def root(
         self,
@@ -111,6 +134,8 @@ class PolicySampler:
                 noise = lax.dynamic_index_in_dim(params.noise, position, keepdims=False)
                 noise = noise.reshape(*shape, -1)
             logits = self.network.logits(params.policy, memory.hidden)
+            if self.segments is not None:
+                alive = alive & ~((i >= self.segments.min_tokens) & self._in_doubt(logits))
             drawn = draw(draw_key, logits, self.sampling, noise)
             outputs, cache = self.network.decode(
                 params.policy,
@@ -160,9 +185,16 @@ class PolicySampler:
         )
         return chunk, memory
 
+    def _in_doubt(self, logits: Float[Array, "P K B V"]) -> Bool[Array, "P K B"]:
+        assert self.segments is not None
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1) >= self.segments.entropy
+
     def _check_noise(self, params: GuidedParams, frontier: Frontier) -> None:
         if params.noise is None:
             return
+        if self.segments is not None:
+            raise ValueError("Noise goes by position, which chunks of any length do not know")
         prompts, width, successors = frontier.open.shape
         positions = frontier.beams.tokens.shape[-1]
         wanted = (prompts, width * successors, self.network.config.vocab_size)
@@ -184,3 +216,41 @@ class PolicySampler:
 
     def _advance(self, params: GuidedParams, stops: Array, tokens: Array) -> Array:
         return stops if params.stop_table is None else params.stop_table[stops, tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class TopTokens(PolicySampler):
+    """The B most probable next tokens of every beam, in falling order: token-wise methods.
+
+    Nothing is drawn. Chunks have one token; their log-probabilities are the policy's own, at
+    temperature 1.
+    """
+
+    def __call__(
+        self, params: GuidedParams, keys: Key[Array, " P"], frontier: Frontier
+    ) -> tuple[Chunk, PolicyMemory]:
+        """The `expand_fn`."""
+        del keys
+        memory: PolicyMemory = frontier.memory
+        # What a beam's B slots remember is one and the same.
+        logits = self.network.logits(params.policy, memory.hidden[:, :, 0])
+        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        log_probs, tokens = lax.top_k(log_probs, frontier.open.shape[-1])
+        outputs, cache = self.network.decode(
+            params.policy,
+            memory.cache,
+            tokens[..., None],
+            frontier.open[..., None],
+            want=self._want,
+        )
+        outputs = jax.tree.map(lambda x: x[:, :, :, 0], outputs)
+        assert outputs.hidden is not None
+        stops = self._advance(params, memory.stops, tokens)
+        chunk = Chunk(
+            tokens=tokens[..., None],
+            lengths=jnp.ones(tokens.shape, jnp.int32),
+            ended=self._is_eos(tokens) | (stops == STOPPED),
+            log_probs=log_probs[..., None],
+            features=self._features(outputs),
+        )
+        return chunk, PolicyMemory(cache, outputs.hidden, stops)

@@ -242,7 +242,7 @@ def select_beams(
         score_memory=commit(score_memory),
         num_steps=state.num_steps + ~done,
         num_tokens=state.num_tokens + candidates.chunk_lengths.sum((1, 2)),
-        num_queries=state.num_queries + scores.parts.shape[-1] * candidates.new.sum((1, 2)),
+        num_queries=state.num_queries + _asked(score_fn, scores) * candidates.new.sum((1, 2)),
         nonfinite=state.nonfinite | nonfinite,
     )
 
@@ -386,6 +386,12 @@ def check_scores(output: SearchOutput) -> None:
             "A score was NaN or infinite (look for NaN in the value functions' weights and for"
             f" betas of zero). Got: such scores in prompts {bad} of the batch"
         )
+
+
+def _asked(score_fn: ScoreFn, scores: Scores) -> int:
+    """Value functions asked for one candidate: as many as there are parts, or what it says."""
+    num_queries = getattr(score_fn, "num_queries", None)
+    return scores.parts.shape[-1] if num_queries is None else num_queries(scores)
 
 
 def _rows(finished: Bool[Array, "P K"], reuse_finished: bool) -> Int[Array, "P K"]:

@@ -69,14 +69,17 @@ def stochastic(
 
 
 def softmax_per_parent(
-    keys: Key[Array, " P"], scores: Float[Array, "P U"], candidates: Candidates
+    keys: Key[Array, " P"],
+    scores: Float[Array, "P U"],
+    candidates: Candidates,
+    temperature: float = 1.0,
 ) -> Int[Array, "P K"]:
-    """One draw for each row from the softmax of its successors' scores.
+    """One draw for each row from the softmax of its successors' scores / temperature.
 
     With L = 1 and successors from pi_base this is self-normalised importance sampling of
     pi_base(a|s) exp(V([s, a])): as B grows, each row is a sample of pi_t (equation 6).
     """
-    return _best_of_rows(scores + _gumbel(keys, scores), candidates)
+    return _best_of_rows(scores / temperature + _gumbel(keys, scores), candidates)
 
 
 def resample(

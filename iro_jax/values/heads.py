@@ -38,6 +38,8 @@ class Head:
         final reward (Q#), whose expectation is the value.
       num_atoms: A, for `categorical`.
       support: the lowest and the highest atom; the others lie evenly between them.
+      eta: what the head gives is log E exp(eta r), as Q# wants it (arXiv 2502.20548), instead of
+        the expectation E r; for outputs that are distributions of the reward.
     """
 
     hidden: tuple[int, ...] = ()
@@ -45,6 +47,7 @@ class Head:
     output: Output = "identity"
     num_atoms: int = 11
     support: tuple[float, float] = (0.0, 1.0)
+    eta: float | None = None
 
     def __post_init__(self):
         if self.output not in get_args(Output):
@@ -56,6 +59,11 @@ class Head:
         low, high = self.support
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"support must be (low, high) with low < high. Got: {self.support}")
+        if self.eta is not None and (self.output == "identity" or not 0 < self.eta < math.inf):
+            raise ValueError(
+                "eta must be positive, and the output a distribution of the reward."
+                f" Got: eta={self.eta}, output={self.output!r}"
+            )
 
     @property
     def atoms(self) -> Float[Array, " A"]:
@@ -118,7 +126,13 @@ class Head:
     def values(
         self, logits: Float[Array, "*batch T"] | Float[Array, "*batch T A"]
     ) -> Float[Array, "*batch T"]:
-        """The values that `logits` stand for."""
+        """The values that `logits` stand for, or with `eta` their log E exp(eta r)."""
+        if self.eta is not None and self.output == "sigmoid":
+            return jax.nn.softplus(logits + self.eta) - jax.nn.softplus(logits)
+        if self.eta is not None:
+            return jax.nn.logsumexp(
+                jax.nn.log_softmax(logits, axis=-1) + self.eta * self.atoms, axis=-1
+            )
         if self.output == "sigmoid":
             return jax.nn.sigmoid(logits)
         if self.output == "categorical":

@@ -166,3 +166,27 @@ def test_a_head_that_is_not_there_is_not_selected(t):
 def test_impossible_heads_are_refused(fields, got):
     with pytest.raises(ValueError, match=f"Got: {got}"):
         Head(**fields)
+
+
+@pytest.mark.parametrize("eta", [0.5, 10.0])
+def test_with_eta_a_head_gives_the_log_of_the_tilted_expectation(eta):
+    """log E exp(eta r), for one bit and for atoms (Q#, arXiv 2502.20548)."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=3, size=(5, 2))
+    chance = 1 / (1 + np.exp(-logits))
+    found = Head(output="sigmoid", eta=eta).values(jnp.asarray(logits))
+    np.testing.assert_allclose(found, np.log(1 - chance + chance * np.exp(eta)), rtol=1e-5)
+    logits = rng.normal(scale=3, size=(5, 2, 7))
+    head = Head(output="categorical", num_atoms=7, support=(-1.0, 2.0), eta=eta)
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = np.log((chances * np.exp(eta * np.linspace(-1, 2, 7))).sum(-1))
+    np.testing.assert_allclose(head.values(jnp.asarray(logits)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"eta": 1.0}, {"eta": 0.0, "output": "sigmoid"}, {"eta": -1, "output": "categorical"}],
+)
+def test_eta_needs_a_distribution_of_the_reward(fields):
+    with pytest.raises(ValueError, match="eta must be positive"):
+        Head(**fields)
