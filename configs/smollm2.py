@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "name": "reviews",
             "seed": 0,
             "prompt_words": 12,
-            "num_evaluation": 150,
+            "num_evaluation": 100,
             "num_reward_reviews": 3000,
             "reward": {
                 "layer": 16,
@@ -52,4 +52,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.eval.split = "validation"
     if variant == "table":
         config.seeds = (0, 1, 2)
+        config.task.num_evaluation = 150
     return config
