@@ -34,4 +34,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.task.num_evaluation = 12
         config.loop.prompts_per_iteration = 12
         config.search.update(max_new_tokens=24, shard_size=12)
+        config.eval.split = "validation"
     return config
