@@ -73,7 +73,15 @@ def get_base() -> ConfigDict:
                 "fit": _fit(),
                 "compression": _fit(),
             },
-            "eval": {"split": "test", "reward_on_prefixes": True},
+            "eval": {
+                "split": "test",
+                "reward_on_prefixes": True,
+                # Other methods to compare with; `experiments/rivals.py` has their names.
+                "rivals": (),
+                # Two models with the policy's tokenizer, for what a log-ratio guides.
+                "tuned": placeholder(str),
+                "untuned": placeholder(str),
+            },
         }
     )
 

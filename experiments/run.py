@@ -20,6 +20,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments.report import write_report, write_table
+from experiments.rivals import Arena, check_rivals, rivals
 from experiments.tasks import Context, build_task, value_head
 from iro_jax.collect import Collector, Guidance, SearchSettings
 from iro_jax.compare import Comparison, MethodResult
@@ -113,6 +114,7 @@ def run_seed(
         _value_settings(config),
         _loop_settings(config),
     )
+    check_rivals(config)
     fields = config.to_dict()
     fields.pop("seeds")
     workdir = Workdir(folder, fields)
@@ -146,7 +148,9 @@ def run_seed(
     loop.check(task.evaluation)
     learned = loop.run()
     comparison = Comparison(workdir, collector, task.judge)
-    results = comparison(task.evaluation, _searches(learned, task.prefix_reward, config))
+    searches = _searches(learned, task.prefix_reward, config)
+    searches |= rivals(Arena(config, policy, task, loop, learned))
+    results = comparison(task.evaluation, searches)
     write_report(workdir, ledger, results)
     metrics.close()
     print(f"{folder}: {time.perf_counter() - start:.0f} seconds in this process")

@@ -23,10 +23,13 @@ from iro_jax.guidance import (
     Guide,
     Guided,
     GuidedAnswer,
+    LogRatio,
+    LogRatioParams,
     function_scorer,
     reads_policy,
     shared_passes,
 )
+from iro_jax.methods import Method
 from iro_jax.models import Pretrained, Sampling, TextFormat
 from iro_jax.rewards import Reward, check_rewards
 from iro_jax.search import SelectFn, diversity_first
@@ -71,10 +74,19 @@ class SearchSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """What guides a search: the sum of V_t / beta_t, or nothing."""
+    """What guides a search: the sum of V_t / beta_t, or nothing.
+
+    Attributes:
+      functions: V_0, V_1, ...; for a method that a reward guides, the reward model.
+      betas: of each of them.
+      method: how the search uses them; None for the search of the settings.
+      log_ratio: the tuned and the untuned model, for a method that their log-ratio guides.
+    """
 
     functions: tuple[ValueFunction, ...] = ()
     betas: tuple[float, ...] = ()
+    method: Method | None = None
+    log_ratio: tuple[Pretrained, Pretrained] | None = None
 
 
 class Collector:
@@ -146,7 +158,7 @@ class Collector:
         _check_prompts(store, prompts)
         if store.complete:
             return store
-        readers = value_readers(self.policy, guidance.functions)
+        readers = value_readers(self.policy, guidance)
         guide = self.guide(guidance, chat=_chat(prompts), select_fn=select_fn)
         guide.check([prompt.conversation for prompt in prompts])
         missing = store.missing()
@@ -174,32 +186,60 @@ class Collector:
     def guide(self, guidance: Guidance, *, chat: bool, select_fn: SelectFn | None = None) -> Guide:
         """The text interface of one guided policy; `chat` where prompts are conversations."""
         chosen = self.settings
-        length = chosen.chunk_length if guidance.functions else chosen.max_new_tokens
-        scorer: dict[str, Any] = {}
-        if guidance.functions:
-            names = ("scorer", "scorer_params", "scorer_tokenizer")
-            parts = function_scorer(
-                self.policy,
-                guidance.functions,
-                guidance.betas,
-                chunk_length=length,
-                chat=chat,
-            )
-            scorer = dict(zip(names, parts, strict=True))
+        method = guidance.method or self._own_search(guidance, select_fn or chosen.select_fn)
+        length = method.chunk_length or chosen.max_new_tokens
         return Guide(
             self.policy,
-            sampling=chosen.sampling,
-            beam_width=chosen.beam_width,
-            num_successors=chosen.num_successors,
+            sampling=method.sampling or chosen.sampling,
+            beam_width=method.beam_width,
+            num_successors=method.num_successors,
             chunk_length=length,
             max_new_tokens=chosen.max_new_tokens,
-            select_fn=select_fn or chosen.select_fn,
+            select_fn=method.select_fn,
+            successors=method.successors,
+            segments=method.segments,
+            answers=method.answers,
             stop_strings=chosen.stop_strings,
             end_characters=chosen.end_characters,
             batch_size=chosen.batch_size,
             text_format=chosen.text_format,
-            **scorer,
+            **self._scorer(guidance, method, length, chat),
         )
+
+    def _own_search(self, guidance: Guidance, select_fn: SelectFn) -> Method:
+        """That of the settings; unguided, one chunk of the whole length."""
+        chosen = self.settings
+        return Method(
+            "own",
+            "values" if guidance.functions else "nothing",
+            chosen.beam_width,
+            chosen.num_successors,
+            chosen.chunk_length if guidance.functions else None,
+            select_fn,
+        )
+
+    def _scorer(
+        self, guidance: Guidance, method: Method, chunk_length: int, chat: bool
+    ) -> dict[str, Any]:
+        """The arguments of `Guide` that say what guides."""
+        if method.guide == "nothing":
+            return {}
+        if method.guide == "log_ratio":
+            if guidance.log_ratio is None:
+                raise ValueError(f"{method.name} needs a tuned and an untuned model. Got: none")
+            tuned, untuned = guidance.log_ratio
+            return {
+                "scorer": LogRatio(tuned.network, untuned.network),
+                "scorer_params": LogRatioParams(tuned.params, untuned.params),
+            }
+        parts = function_scorer(
+            self.policy,
+            [method.seen_by(function) for function in guidance.functions],
+            [beta / method.weight for beta in guidance.betas],
+            chunk_length=chunk_length,
+            chat=chat,
+        )
+        return dict(zip(("scorer", "scorer_params", "scorer_tokenizer"), parts, strict=True))
 
     def _answer(
         self,
@@ -275,8 +315,11 @@ def _chat(prompts: Sequence[Prompt]) -> bool:
     return first
 
 
-def value_readers(policy: Pretrained, functions: Sequence[ValueFunction]) -> list[Reader]:
-    """What the cost ledger has to know about value functions; heads on the policy read nothing."""
+def value_readers(policy: Pretrained, guidance: Guidance) -> list[Reader]:
+    """What the cost ledger has to know about a guide; heads on the policy read nothing."""
+    if guidance.log_ratio is not None:
+        return [Reader(model.network.config, logits=True) for model in guidance.log_ratio]
+    functions = guidance.functions
     if all(reads_policy(function, policy) for function in functions):
         return [function_reader(function, layers=0) for function in functions]
     return [

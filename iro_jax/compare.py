@@ -5,8 +5,12 @@
     guided_sample_t     guided by V_0 .. V_{t-1}; the values pick, no reward is asked
     iro_t               the same candidates, the reward picks
 
-and likewise for a compressed value function or any other guidance. A second reward that no
-training saw judges what was picked.
+and likewise for a compressed value function or any other guidance. Other methods keep their names:
+
+    cards               what the method itself answers
+    blockwise_picked    the best of its answers by the reward, where it has several
+
+A second reward that no training saw judges what was picked.
 """
 
 from __future__ import annotations
@@ -95,6 +99,10 @@ class Comparison:
             base = self._base(candidates)
             self._write(base, by_value)
             results = [base, self._picked(f"best_of_{size}", by_reward)]
+        elif guidance.method is not None:
+            results = [self._picked(name, by_value)]
+            if max(map(len, candidates)) > 1:
+                results.append(self._picked(f"{name}_picked", by_reward))
         else:
             suffix = name.removeprefix("iteration_")
             results = [

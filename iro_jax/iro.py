@@ -182,6 +182,32 @@ class IRO:
         """The rollouts of an iteration that is done."""
         return RolloutStore.open(self._folder(iteration) / "rollouts")
 
+    def fit_other(self, stage: str, fitter: ValueFitter) -> ValueFunction:
+        """Another kind of value function, fitted to the policy's own rollouts: a stage of the run.
+
+        Args:
+          stage: its name, and that of its folder.
+          fitter: says what kind.
+        """
+        folder = self.workdir / stage
+        if not self.workdir.done(stage):
+            train, held_out = self._dataset(self.store(0))
+            with self.ledger.measure(stage, "fit", "training") as cost:
+                fitted = fitter(
+                    self.start,
+                    [self.store(0)],
+                    train,
+                    held_out,
+                    folder=folder,
+                    desc=stage,
+                    on_epoch=lambda line: self._draw(stage, line),
+                )
+                self._bill(cost, fitted, new_states=True)
+            facts = self._facts(fitted, train, held_out)
+            self._export(fitted.function, stage, folder, facts)
+            self.workdir.finish(stage, facts)
+        return self._load(folder)
+
     def _folder(self, iteration: int) -> Path:
         return self.workdir / f"iter_{iteration}"
 

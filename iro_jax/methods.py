@@ -25,7 +25,7 @@ import functools
 import math
 from typing import Literal
 
-from iro_jax.guidance import Segments
+from iro_jax.guidance import AnswerSource, Segments
 from iro_jax.models import Sampling
 from iro_jax.search import (
     AcceptFirst,
@@ -36,8 +36,9 @@ from iro_jax.search import (
     top_k,
     with_log_probs,
 )
+from iro_jax.values import ValueFunction
 
-Guide = Literal["nothing", "values", "reward", "log_ratio"]
+GuideName = Literal["nothing", "values", "reward", "log_ratio"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +56,12 @@ class Method:
       successors: `sampled` chunks, or the B most probable `top_tokens`.
       segments: where sampled chunks end before L tokens.
       sampling: how tokens are drawn; None leaves that to the run.
+      answers: the `finalists`, ranked by their scores, or the `beams`: each chain's own answer,
+        where something besides the score has chosen it.
     """
 
     name: str
-    guide: Guide
+    guide: GuideName
     beam_width: int
     num_successors: int
     chunk_length: int | None
@@ -68,10 +71,27 @@ class Method:
     successors: Literal["sampled", "top_tokens"] = "sampled"
     segments: Segments | None = None
     sampling: Sampling | None = None
+    answers: AnswerSource = "finalists"
 
     def __post_init__(self):
         if not 0 < self.weight < math.inf:
             raise ValueError(f"{self.name}: a weight must be positive. Got: {self.weight}")
+
+    def seen_by(self, function: ValueFunction) -> ValueFunction:
+        """A value function that gives what the method wants of it.
+
+        Raises:
+          ValueError: the method wants a distribution of the reward, and the function has none.
+        """
+        if self.eta is None:
+            return function
+        head = function.network.head
+        if head is None:
+            raise ValueError(f"{self.name} needs a head that gives a distribution. Got: a score")
+        network = dataclasses.replace(
+            function.network, head=dataclasses.replace(head, eta=self.eta)
+        )
+        return dataclasses.replace(function, network=network)
 
 
 def best_of_n(n: int = 16) -> Method:
@@ -174,12 +194,13 @@ def cards(
         AcceptFirst(goal, max_new_tokens, alpha, beta),
         segments=segments,
         sampling=Sampling(temperature=beta, top_k=top_k_tokens),
+        answers="beams",
     )
 
 
 def _tokenwise(
     name: str,
-    guide: Guide,
+    guide: GuideName,
     k: int,
     chains: int,
     select_fn: SelectFn,
@@ -197,4 +218,5 @@ def _tokenwise(
         weight=weight,
         eta=eta,
         successors="top_tokens",
+        answers="beams",
     )

@@ -22,7 +22,7 @@ from experiments.tasks import Context, Task, value_head
 from experiments.tasks.rewards import build_reward, load_reward_model
 from iro_jax.data import read_prompts
 from iro_jax.evaluation import Reader
-from iro_jax.models import TextFormat, from_pretrained
+from iro_jax.models import Pretrained, TextFormat, from_pretrained
 from iro_jax.rewards import Reward
 from iro_jax.values import (
     AnswerTokens,
@@ -76,6 +76,7 @@ def build(context: Context) -> Task:
         evaluation=evaluation,
         reward=build_reward(task.reward, reward_model, tokenizer, text_format),
         judge=judge,
+        prefix_reward=None if reward_model is None else _as_value(reward_model, task.reward.target),
         reward_reader=None if reward_model is None else Reader(reward_model.network.config),
         **value_start(context, start, text_format),
     )
@@ -99,7 +100,7 @@ def start_function(context: Context) -> ValueFunction:
     model = context.policy if policy else from_pretrained(chosen.backbone)
     source = context.policy_name if policy else chosen.backbone
     if model.network.config.head == "score":
-        return ValueFunction(model, ValueNetwork(model.network), ValueParams(model.params), source)
+        return _as_value(model, source)
     head = value_head(chosen)
     if head is None:
         raise ValueError(
@@ -107,3 +108,8 @@ def start_function(context: Context) -> ValueFunction:
             f" Got: None, on {chosen.backbone!r}"
         )
     return new_head(model, head, layer=chosen.layer, seed=context.config.seed, source=source)
+
+
+def _as_value(model: Pretrained, source: str) -> ValueFunction:
+    """A reward model, asked for every prefix."""
+    return ValueFunction(model, ValueNetwork(model.network), ValueParams(model.params), source)

@@ -1,6 +1,6 @@
 """Searches of real models: policies, scorers, tokenizer bridges, and text in and out."""
 
-from iro_jax.guidance.answers import Guided, GuidedAnswer, Reward
+from iro_jax.guidance.answers import AnswerSource, Guided, GuidedAnswer, Reward
 from iro_jax.guidance.api import ApiGuide, ApiSampler, api_value_scorer
 from iro_jax.guidance.bridge import Boundaries, Bridge, BridgedValues
 from iro_jax.guidance.endpoint import ApiError, Endpoint
@@ -22,6 +22,7 @@ from iro_jax.guidance.scorers import (
 )
 
 __all__ = [
+    "AnswerSource",
     "ApiError",
     "ApiGuide",
     "ApiSampler",

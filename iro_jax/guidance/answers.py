@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from iro_jax.models import Conversation
 from iro_jax.models.generate import KeyedBatch
-from iro_jax.search import SearchOutput, majority
+from iro_jax.search import Finalists, SearchOutput, majority
 
 Reward: TypeAlias = Callable[[Sequence[Conversation], Sequence[str]], Sequence[float]]
 """From prompts and their answers, one each, to one number each."""
@@ -25,6 +25,8 @@ Vote: TypeAlias = Callable[[str], Hashable | None]
 """What an answer says, or None if it says nothing."""
 
 Selection = Literal["reward", "value", "majority"]
+
+AnswerSource = Literal["finalists", "beams"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +87,21 @@ class FinalChoice:
       selection: `value` leaves the finalists as the search has ranked them.
       reward: for `selection="reward"`.
       vote: for `selection="majority"`.
+      source: what is chosen from: all finalists, or only the last beams, K answers that may repeat.
     """
 
     selection: Selection = "value"
     reward: Reward | None = None
     vote: Vote | None = None
+    source: AnswerSource = "finalists"
 
     def __post_init__(self):
         if self.selection not in ("reward", "value", "majority"):
             raise ValueError(
                 f"final_selection must be 'reward', 'value' or 'majority'. Got: {self.selection!r}"
             )
+        if self.source not in ("finalists", "beams"):
+            raise ValueError(f"answers must be 'finalists' or 'beams'. Got: {self.source!r}")
         if (self.selection == "reward") != (self.reward is not None):
             raise ValueError("final_selection='reward' and a reward belong together")
         if (self.selection == "majority") != (self.vote is not None):
@@ -118,8 +124,11 @@ class FinalChoice:
         Raises:
           ValueError: a reward is NaN.
         """
-        ranked = [i for i in output.ranking[row] if output.finalists.valid[row, i]]
-        answers = [_answer(output, row, i, read) for i in ranked]
+        found, order = output.finalists, np.asarray(output.ranking[row])
+        if self.source == "beams":
+            found = output.beams
+            order = np.argsort(-np.asarray(found.scores.total[row]), kind="stable")
+        answers = [_answer(found, row, i, read) for i in order if found.valid[row, i]]
         if self.reward is not None:
             answers = self._by_reward(self.reward, prompt, answers)
         if self.vote is not None:
@@ -165,9 +174,8 @@ def answer_batches(
 
 
 def _answer(
-    output: SearchOutput, row: int, entry: int, read: Callable[[tuple[int, ...]], str]
+    found: Finalists, row: int, entry: int, read: Callable[[tuple[int, ...]], str]
 ) -> GuidedAnswer:
-    found = output.finalists
     length = found.lengths[row, entry]
     tokens = tuple(map(int, found.tokens[row, entry, :length]))
     return GuidedAnswer(

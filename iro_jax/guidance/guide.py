@@ -19,6 +19,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from iro_jax.guidance.answers import (
+    AnswerSource,
     FinalChoice,
     Guided,
     Reward,
@@ -29,6 +30,7 @@ from iro_jax.guidance.answers import (
 from iro_jax.guidance.bridge import Bridge, BridgedValues
 from iro_jax.guidance.guided import GuidedSearch
 from iro_jax.guidance.params import GuidedParams
+from iro_jax.guidance.policy import Segments
 from iro_jax.guidance.scorers import (
     LogRatio,
     NoScore,
@@ -74,6 +76,8 @@ class Guide:
       batch_size: prompts a program call; incomplete batches are filled up.
       text_format: how prompts are rendered. Its `max_length` is lowered to what the models'
         contexts leave beside the answer.
+      successors, segments: how beams are extended; see `GuidedSearch`.
+      answers: what answers are chosen from: `finalists`, or the last `beams`.
       driver: `program` runs a whole search as one program, `host` a program a chunk;
         `auto` takes `host` where a bridge is needed and the platform is not the CPU.
     """
@@ -98,6 +102,9 @@ class Guide:
         end_characters: str = "",
         batch_size: int = 8,
         text_format: TextFormat = TextFormat(),
+        successors: Literal["sampled", "top_tokens"] = "sampled",
+        segments: Segments | None = None,
+        answers: AnswerSource = "finalists",
         driver: Literal["auto", "program", "host"] = "auto",
     ):
         if policy.tokenizer is None:
@@ -112,7 +119,7 @@ class Guide:
         self.tokenizer: PreTrainedTokenizerBase = policy.tokenizer
         self.scorer_tokenizer = scorer_tokenizer
         self.batch_size = batch_size
-        self.final_choice = FinalChoice(final_selection, reward, vote)
+        self.final_choice = FinalChoice(final_selection, reward, vote, answers)
         self.stop_strings = tuple(stop_strings)
         self.search = GuidedSearch(
             policy=policy.network,
@@ -124,6 +131,8 @@ class Guide:
             chunk_length=chunk_length,
             capacity=max_new_tokens,
             select_fn=select_fn,
+            successors=successors,
+            segments=segments,
         )
         table = None
         if self.stop_strings:

@@ -1,0 +1,145 @@
+"""What else a run can be compared with: other methods on the same models, at the same tokens.
+
+Every method gets U = K * B candidates of H tokens: U samples, U proposals or blocks at a time, or
+the U most probable tokens at every step. What cannot be run here is told in one line and left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.tasks import Task
+from iro_jax import methods
+from iro_jax.collect import Guidance
+from iro_jax.iro import IRO, Learned
+from iro_jax.methods import Method
+from iro_jax.models import Pretrained, from_pretrained, same_tokenizer
+from iro_jax.values import Head, ValueFitter
+
+
+class Unavailable(Exception):
+    """What a method needs is not there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arena:
+    """What methods are built from: a run that has learned its value functions.
+
+    Attributes:
+      config: of the run.
+      policy: its frozen model.
+      task: with its reward.
+      loop: with the rollouts.
+      learned: value functions.
+    """
+
+    config: ConfigDict
+    policy: Pretrained
+    task: Task
+    loop: IRO
+    learned: Learned
+
+    @property
+    def num_candidates(self) -> int:
+        """U."""
+        return self.config.search.beam_width * self.config.search.num_successors
+
+    def reward(self) -> Guidance:
+        """The reward model on prefixes."""
+        if self.task.prefix_reward is None:
+            raise Unavailable("the reward is no model that reads prefixes")
+        return Guidance((self.task.prefix_reward,), (1.0,))
+
+    def first_value(self) -> Guidance:
+        """V_0, fitted to the policy's own answers by regression: FUDGE, where that is the loss."""
+        return self.learned.guidance(1)
+
+    def distribution(self) -> Guidance:
+        """A categorical value function, fitted to the same answers."""
+        rewards = [rollout.reward for rollout in self.loop.store(0).all()]
+        low, high = float(np.min(rewards)), float(np.max(rewards))
+        if not low < high:
+            raise Unavailable(f"all rewards are {low}")
+        own = self.loop.fitter
+        before = own.settings.head or self.loop.start.network.head
+        hidden, bias = ((), True) if before is None else (before.hidden, before.bias)
+        head = Head(hidden, bias, "categorical", num_atoms=11, support=(low, high))
+        settings = dataclasses.replace(own.settings, loss="categorical", head=head, normalise=False)
+        fitter = ValueFitter(settings, own.tokens, states=own.states, progress=own.progress)
+        return Guidance((self.loop.fit_other("rivals/categorical", fitter),), (1.0,))
+
+    def log_ratio(self) -> Guidance:
+        """A tuned and an untuned model that read what the policy writes."""
+        names = (self.config.eval.tuned, self.config.eval.untuned)
+        if None in names:
+            raise Unavailable("there is no tuned model (eval.tuned, eval.untuned)")
+        tuned, untuned = (from_pretrained(name) for name in names)
+        for model in (tuned, untuned):
+            if not same_tokenizer(model.tokenizer, self.policy.tokenizer):
+                raise Unavailable(f"{model.origin} has another tokenizer than the policy")
+        return Guidance(log_ratio=(tuned, untuned))
+
+    def goal(self) -> float:
+        """r* of CARDS: what one in U of the policy's own answers reaches."""
+        rewards = [rollout.reward for rollout in self.loop.store(0).all()]
+        return float(np.quantile(rewards, 1 - 1 / self.num_candidates))
+
+
+def check_rivals(config: ConfigDict) -> None:
+    """Raises a ValueError where `config.eval.rivals` names a method that there is not."""
+    for name in config.eval.rivals:
+        if name not in _BUILDERS:
+            raise ValueError(f"eval.rivals must be of {tuple(_BUILDERS)}. Got: {name!r}")
+
+
+def rivals(arena: Arena) -> dict[str, Guidance]:
+    """The searches of `config.eval.rivals`, by name."""
+    found = {}
+    for name in arena.config.eval.rivals:
+        try:
+            guide, method = _BUILDERS[name](arena)
+        except Unavailable as error:
+            logging.warning("%s is left out: %s", name, error)
+            continue
+        found[name] = dataclasses.replace(guide, method=method)
+    return found
+
+
+def _args(arena: Arena, temperature: float | None = None) -> tuple[Guidance, Method]:
+    return arena.reward(), methods.args(k=arena.num_candidates, temperature=temperature)
+
+
+def _cards(arena: Arena) -> tuple[Guidance, Method]:
+    method = methods.cards(
+        arena.goal(), arena.config.search.max_new_tokens, proposals=arena.num_candidates
+    )
+    return arena.reward(), method
+
+
+def _weak_to_strong(arena: Arena) -> tuple[Guidance, Method]:
+    chosen = arena.config.search
+    sizes = (chosen.beam_width, chosen.num_successors, chosen.chunk_length)
+    return arena.log_ratio(), methods.weak_to_strong(*sizes)
+
+
+_BUILDERS: dict[str, Callable[[Arena], tuple[Guidance, Method]]] = {
+    "args": _args,
+    "args_sampled": lambda arena: _args(arena, temperature=0.7),
+    "blockwise": lambda arena: (arena.first_value(), methods.blockwise(arena.num_candidates)),
+    "cards": _cards,
+    "controlled_decoding": lambda arena: (
+        arena.first_value(),
+        methods.controlled_decoding(k=arena.num_candidates),
+    ),
+    "q_sharp": lambda arena: (arena.distribution(), methods.q_sharp(k=arena.num_candidates)),
+    "value_augmented": lambda arena: (
+        arena.first_value(),
+        methods.value_augmented(k=arena.num_candidates),
+    ),
+    "weak_to_strong": _weak_to_strong,
+}

@@ -1,0 +1,96 @@
+"""Other methods in a run: what they answer, what they may cost, and what is left out."""
+
+import json
+import logging
+
+import pytest
+
+from experiments import run as command
+from iro_jax.evaluation import Ledger
+from iro_jax.models import save_pretrained
+from iro_jax.testing import tiny_pretrained, word_tokenizer
+from tests.experiments import tiny
+
+pytestmark = pytest.mark.slow
+
+GUIDED_BY_VALUES = ("blockwise", "controlled_decoding", "q_sharp", "value_augmented")
+GUIDED_BY_REWARD = ("args", "args_sampled", "cards")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with a reward model, a tuned model and every rival: its folder and its results."""
+    root = tmp_path_factory.mktemp("rivals")
+    tiny.write_all(root)
+    tiny.write_model(root / "tuned", tiny.WORDS, seed=5)
+    reward_model = tiny_pretrained(
+        word_tokenizer(tiny.WORDS), head="score", seed=3, origin=root / "reward"
+    )
+    save_pretrained(reward_model, root / "reward")
+    config = tiny.get_config(str(root))
+    config.task.reward.update(kind="model", target=str(root / "reward"))
+    config.loop.update(num_iterations=1, betas=1.0, compress=False)
+    config.eval.rivals = (*GUIDED_BY_VALUES, *GUIDED_BY_REWARD, "weak_to_strong")
+    config.eval.tuned, config.eval.untuned = str(root / "tuned"), str(root / "policy")
+    return root / "run", command.run_seed(config, root / "run", progress=False)
+
+
+def rows(folder, method):
+    lines = (folder / "eval" / method / "outputs.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", [*GUIDED_BY_VALUES, *GUIDED_BY_REWARD, "weak_to_strong"])
+def test_a_rival_answers_every_prompt_within_the_budget(finished, name):
+    folder, results = finished
+    [result] = [result for result in results if result.name == name]
+    answers = rows(folder, name)
+    assert len(answers) == len(result.reward) == 6
+    assert [row["reward"] for row in answers] == result.reward.tolist()
+    assert all(0 < row["num_tokens"] <= 6 for row in answers)
+    ledger = Ledger(folder / "cost.jsonl")
+    spent = ledger.totals(stage=f"eval/{name}").tokens_sampled
+    # U = 4 candidates of H = 6 tokens for each of 6 prompts.
+    assert 0 < spent <= 6 * 4 * 6
+
+
+def test_the_reward_may_pick_where_a_method_has_several_answers(finished):
+    _, results = finished
+    of_each = {result.name: result.reward for result in results}
+    for name in ("blockwise", "weak_to_strong"):
+        assert (of_each[f"{name}_picked"] >= of_each[name]).all()
+    for name in ("args", "cards", "controlled_decoding"):
+        assert f"{name}_picked" not in of_each
+
+
+def test_queries_are_those_of_what_guides(finished):
+    folder, _ = finished
+    ledger = Ledger(folder / "cost.jsonl")
+    greedy = ledger.totals(stage="eval/args")
+    assert greedy.value_queries == greedy.tokens_sampled
+    blocks = ledger.totals(stage="eval/blockwise")
+    assert 0 < blocks.value_queries < blocks.tokens_sampled
+
+
+def test_what_cannot_be_run_is_told_in_a_line_and_left_out(tmp_path, caplog):
+    tiny.write_all(tmp_path)
+    config = tiny.get_config(str(tmp_path))
+    config.loop.update(num_iterations=1, betas=1.0, compress=False)
+    config.eval.rivals = ("args", "weak_to_strong")
+    with caplog.at_level(logging.WARNING):
+        results = command.run_seed(config, tmp_path / "run", progress=False)
+    names = {result.name for result in results}
+    assert names == {"base", "best_of_4", "guided_sample_1", "iro_1"}
+    messages = [record.getMessage() for record in caplog.records]
+    assert "args is left out: the reward is no model that reads prefixes" in messages
+    [line] = [message for message in messages if message.startswith("weak_to_strong")]
+    assert line == "weak_to_strong is left out: there is no tuned model (eval.tuned, eval.untuned)"
+
+
+def test_an_unknown_rival_is_told_before_any_work(tmp_path):
+    tiny.write_all(tmp_path)
+    config = tiny.get_config(str(tmp_path))
+    config.eval.rivals = ("ars",)
+    with pytest.raises(ValueError, match=r"eval.rivals must be of.*Got: 'ars'"):
+        command.run_seed(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
