@@ -9,6 +9,7 @@ left out is sampled again to the last bit.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from iro_jax.data import Prompt, Rollout, RolloutError, RolloutStore
 from iro_jax.evaluation import Cost, Ledger, Reader, reward_cost, trace_cost
 from iro_jax.evaluation.ledger import Phase
+from iro_jax.files import write_atomic
 from iro_jax.guidance import (
     Guide,
     Guided,
@@ -34,6 +36,11 @@ from iro_jax.models import Pretrained, Sampling, TextFormat
 from iro_jax.rewards import Reward, check_rewards
 from iro_jax.search import SelectFn, diversity_first
 from iro_jax.values import ValueFunction
+
+TREES = "trees.json"
+"""Beside the shards of a search: the trees of its first prompts."""
+
+NUM_TREES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +175,13 @@ class Collector:
         ) as bar:
             for number in missing:
                 with self.ledger.measure(stage, str(number), phase) as cost:
-                    rollouts = self._answer(guide, readers, plan[number], iteration, cost)
+                    found = self._search(
+                        guide, plan[number], iteration, trees=0 if number else NUM_TREES
+                    )
+                    rollouts = self._rewarded(guide, plan[number], found, iteration)
+                    self._bill(cost, guide, readers, found, rollouts)
+                if number == 0:
+                    self._write_trees(folder / TREES, plan[number], found)
                 # A killed run may pay for a shard twice, but never forgets what one has cost.
                 store.write(number, rollouts)
                 bar.update(len(plan[number]))
@@ -241,20 +254,20 @@ class Collector:
         )
         return dict(zip(("scorer", "scorer_params", "scorer_tokenizer"), parts, strict=True))
 
-    def _answer(
-        self,
-        guide: Guide,
-        readers: Sequence[Reader],
-        prompts: Sequence[Prompt],
-        iteration: int,
-        cost: Cost,
-    ) -> list[Rollout]:
-        found = guide(
+    def _search(
+        self, guide: Guide, prompts: Sequence[Prompt], iteration: int, *, trees: int
+    ) -> list[Guided]:
+        return guide(
             [prompt.conversation for prompt in prompts],
             seed=self.settings.seed,
             # Prompts that come up again in a later iteration get other draws.
             prompt_ids=[f"{p.id}@{iteration}" if iteration else p.id for p in prompts],
+            trees=trees,
         )
+
+    def _rewarded(
+        self, guide: Guide, prompts: Sequence[Prompt], found: Sequence[Guided], iteration: int
+    ) -> list[Rollout]:
         pairs = [
             (prompt, answer)
             for prompt, guided in zip(prompts, found, strict=True)
@@ -268,8 +281,16 @@ class Collector:
             of_prompt = rewards[start : start + len(guided.answers)]
             tokens = guide.render(prompt.conversation)
             rollouts += _rollouts(prompt, tokens, guided, of_prompt, iteration)
-        self._bill(cost, guide, readers, found, rollouts)
         return rollouts
+
+    @staticmethod
+    def _write_trees(path: Path, prompts: Sequence[Prompt], found: Sequence[Guided]) -> None:
+        """The search trees of a few prompts, for reports."""
+        trees = [
+            {"prompt_id": prompt.id, "nodes": [node.to_json() for node in guided.tree]}
+            for prompt, guided in zip(prompts[:NUM_TREES], found, strict=False)
+        ]
+        write_atomic(path, json.dumps(trees, ensure_ascii=False) + "\n")
 
     def _bill(
         self,

@@ -20,6 +20,7 @@ from iro_jax.guidance.scorers import (
     ValueSum,
     ValueSumParams,
 )
+from iro_jax.guidance.trees import TreeNode, tree_nodes
 
 __all__ = [
     "AnswerSource",
@@ -47,11 +48,13 @@ __all__ = [
     "Segments",
     "Sizes",
     "TopTokens",
+    "TreeNode",
     "ValueSum",
     "ValueSumParams",
     "api_value_scorer",
     "function_scorer",
     "reads_policy",
     "shared_passes",
+    "tree_nodes",
     "value_scorer",
 ]

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 from tqdm.auto import tqdm
 
+from iro_jax.guidance.trees import TreeNode, tree_nodes
 from iro_jax.models import Conversation
 from iro_jax.models.generate import KeyedBatch
 from iro_jax.search import Finalists, SearchOutput, majority
@@ -66,12 +67,14 @@ class Guided:
       num_tokens: tokens that were sampled.
       num_queries: value functions that were asked, a candidate and a value function at a time.
       chunk_lengths: tokens of every chunk that was sampled, `[S, K, B]`; zero where none was.
+      tree: all candidates, where they were asked for.
     """
 
     answers: tuple[GuidedAnswer, ...]
     num_tokens: int
     num_queries: int
     chunk_lengths: Int[np.ndarray, "S K B"] = dataclasses.field(compare=False)
+    tree: tuple[TreeNode, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def text(self) -> str:
@@ -113,6 +116,8 @@ class FinalChoice:
         output: SearchOutput,
         row: int,
         read: Callable[[tuple[int, ...]], str],
+        *,
+        trees: bool = False,
     ) -> Guided:
         """One prompt's result.
 
@@ -120,6 +125,7 @@ class FinalChoice:
           prompt: as the user wrote it, for the reward.
           output: of the batch, on the host, and `row`, the prompt's place in it.
           read: from an answer's tokens to its text.
+          trees: whether to tell of all candidates.
 
         Raises:
           ValueError: a reward is NaN.
@@ -139,6 +145,7 @@ class FinalChoice:
             int(output.num_tokens[row]),
             int(output.num_queries[row]),
             np.asarray(output.trace.chunk_lengths[:, row]),
+            tuple(tree_nodes(output, row, read)) if trees else (),
         )
 
     @staticmethod

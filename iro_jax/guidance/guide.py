@@ -152,6 +152,7 @@ class Guide:
         *,
         seed: int = 0,
         prompt_ids: Sequence[str] | None = None,
+        trees: int = 0,
         progress: bool = False,
     ) -> list[Guided]:
         """Answers prompts.
@@ -160,6 +161,7 @@ class Guide:
           prompts: raw prompts or conversations.
           seed: of all draws.
           prompt_ids: names that the draws depend on; by default the prompts' indices.
+          trees: of how many prompts, the first ones, results tell all candidates.
           progress: whether to show a bar.
 
         Raises:
@@ -173,7 +175,7 @@ class Guide:
         def answer(batch: KeyedBatch) -> list[Guided]:
             output = jax.device_get(self._search_batch(batch))
             return [
-                self.final_choice(prompts[index], output, row, self._read)
+                self.final_choice(prompts[index], output, row, self._read, trees=index < trees)
                 for row, index in enumerate(batch.indices)
             ]
 

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from experiments import run as command
+from iro_jax.data import RolloutStore
 from iro_jax.evaluation import Ledger
 from iro_jax.models import save_pretrained
 from iro_jax.testing import tiny_pretrained, word_tokenizer
@@ -70,6 +71,46 @@ def test_queries_are_those_of_what_guides(finished):
     assert greedy.value_queries == greedy.tokens_sampled
     blocks = ledger.totals(stage="eval/blockwise")
     assert 0 < blocks.value_queries < blocks.tokens_sampled
+
+
+def test_trees_tell_every_candidate_and_why_it_was_dropped(finished):
+    folder, _ = finished
+    place = folder / "eval" / "searches" / "iteration_1"
+    store = RolloutStore.open(place)
+    trees = json.loads((place / "trees.json").read_text())
+    assert [tree["prompt_id"] for tree in trees] == list(store.shards[0].prompts)[:4]
+    reasons = set()
+    for tree in trees:
+        nodes = tree["nodes"]
+        answers = []
+        for node in nodes:
+            before = "" if node["parent"] is None else answers[node["parent"]]
+            answers.append(before + node["text"])
+            reasons.add(node["why"].split(",")[0])
+            if node["parent"] is not None:
+                parent = nodes[node["parent"]]
+                assert parent["kept"]
+                assert parent["step"] < node["step"]
+        for step in {node["step"] for node in nodes}:
+            siblings = [node for node in nodes if node["step"] == step]
+            kept = [node["score"] for node in siblings if node["kept"]]
+            assert len(kept) <= 2
+            for node in siblings:
+                assert node["kept"] == (node["why"] == "kept")
+                if "below" in node["why"]:
+                    assert kept
+                    assert node["score"] < max(kept)
+        found = [rollout for rollout in store.all() if rollout.prompt.id == tree["prompt_id"]]
+        ends = [
+            (answer.strip(), pytest.approx(node["score"]))
+            for answer, node in zip(answers, nodes, strict=True)
+            if node["finished"]
+        ]
+        assert found
+        for rollout in found:
+            assert (rollout.text.strip(), rollout.score) in ends
+    assert "kept" in reasons
+    assert len(reasons) > 1
 
 
 def test_what_cannot_be_run_is_told_in_a_line_and_left_out(tmp_path, caplog):
