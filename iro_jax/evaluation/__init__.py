@@ -1,5 +1,6 @@
 """Statistics over prompts, health of value functions, the cost ledger, and their pictures."""
 
+from iro_jax.evaluation.comparing import best_of_n_divergence, distinct_n, expected_best, wins
 from iro_jax.evaluation.flops import (
     Reader,
     decode_flops,
@@ -55,11 +56,14 @@ __all__ = [
     "LengthModel",
     "Reader",
     "RewardGap",
+    "best_of_n_divergence",
     "bootstrap",
     "closes",
     "decode_flops",
+    "distinct_n",
     "drift",
     "errors_by_prompt",
+    "expected_best",
     "fit_length_model",
     "forward_flops",
     "gap_closed",
@@ -75,4 +79,5 @@ __all__ = [
     "standardised_lengths",
     "trace_cost",
     "win_rate",
+    "wins",
 ]
