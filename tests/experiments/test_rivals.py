@@ -2,14 +2,19 @@
 
 import json
 import logging
+import re
+import shutil
+import subprocess
 
 import pytest
 
 from experiments import run as command
+from experiments.report.page import write_page
 from iro_jax.data import RolloutStore
 from iro_jax.evaluation import Ledger
 from iro_jax.models import save_pretrained
 from iro_jax.testing import tiny_pretrained, word_tokenizer
+from iro_jax.workdir import WorkdirError
 from tests.experiments import tiny
 
 pytestmark = pytest.mark.slow
@@ -111,6 +116,43 @@ def test_trees_tell_every_candidate_and_why_it_was_dropped(finished):
             assert (rollout.text.strip(), rollout.score) in ends
     assert "kept" in reasons
     assert len(reasons) > 1
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    folder, _ = finished
+    return write_page(folder, answers=50)
+
+
+def test_the_page_needs_no_network_and_shows_every_method(finished, page):
+    _, results = finished
+    text = page.read_text()
+    for outside in ("http://", "https://", "//cdn", 'src="/'):
+        assert outside not in text
+    for result in results:
+        assert f"<td>{result.name}</td>" in text
+    [data] = re.findall(r'id="data">(.*?)</script>', text)
+    data = json.loads(data)
+    assert len(data["answers"]) == 6
+    assert {name for name, _, _ in data["answers"][0]["answers"]} == {r.name for r in results}
+    assert {tree["search"] for tree in data["trees"]} >= {"iteration_1", "args", "cards"}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium to open it in")
+def test_the_page_opens_in_a_browser_without_an_error(page):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
+    command_line = ["chromium", *flags, "--enable-logging=stderr", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(command_line, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in shown.stderr
+    [data] = re.findall(r'id="data">(.*?)</script>', page.read_text())
+    first = json.loads(data)["trees"][0]
+    assert len(re.findall(r'<button class="node', shown.stdout)) == len(first["nodes"])
+    assert len(re.findall(r'<div class="answer">', shown.stdout)) > 10
+
+
+def test_a_run_that_is_not_there_has_no_page(tmp_path):
+    with pytest.raises(WorkdirError, match=r"no config\.json"):
+        write_page(tmp_path)
 
 
 def test_what_cannot_be_run_is_told_in_a_line_and_left_out(tmp_path, caplog):

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,9 @@ def write_report(workdir: Workdir, ledger: Ledger, results: Sequence[MethodResul
     """The report of one seed: `report/`."""
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
-    healths, drifts, losses = read_health(workdir)
+    healths, drifts, losses = read_health(
+        {stage: workdir.result(stage) for stage in workdir.stages}
+    )
     gap = over_iterations(results)
     write_atomic(folder / "methods.md", methods_table([results]))
     write_atomic(folder / "cost.md", cost_table(ledger))
@@ -45,12 +48,11 @@ def write_report(workdir: Workdir, ledger: Ledger, results: Sequence[MethodResul
 
 
 def read_health(
-    workdir: Workdir,
+    stages: Mapping[str, Any],
 ) -> tuple[dict[str, Health], dict[str, Drift], dict[str, tuple[list[float], list[float]]]]:
     """Health, drift and held-out losses of every value function, as the run entered them."""
     healths, drifts, losses = {}, {}, {}
-    for stage in workdir.stages:
-        found = workdir.result(stage)
+    for stage, found in stages.items():
         if not isinstance(found, dict) or "curve" not in found:
             continue
         label = stage.removesuffix("/value")
@@ -122,7 +124,7 @@ def _number(value: float | None) -> str:
 def write_table(folder: Path, seeds: Sequence[Sequence[MethodResult]]) -> str:
     """The table over all seeds, `table.md` and `table.json`; returns the text."""
     contrasts = compare(seeds)
-    rows = [(name, str(interval), _verdict(interval)) for name, interval in contrasts.items()]
+    rows = [(name, str(interval), verdict(interval)) for name, interval in contrasts.items()]
     text = methods_table(seeds) + "\n" + markdown_table(("difference", "mean (95%)", ""), rows)
     write_atomic(folder / "table.md", text)
     numbers = {name: vars(interval) for name, interval in contrasts.items()}
@@ -237,7 +239,8 @@ def _best_of(reward: Mapping[str, np.ndarray]) -> str:
     return next(name for name in reward if name.startswith("best_of_"))
 
 
-def _verdict(interval: Interval) -> str:
+def verdict(interval: Interval) -> str:
+    """What a contrast's interval says."""
     if not interval.excludes_zero:
         return "not told apart"
     return "above" if interval.low > 0 else "below"

@@ -1,0 +1,96 @@
+"""Pictures of a run's methods: reward against tokens, operations, time and budget."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from iro_jax.evaluation import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def frontier(
+    points: Mapping[str, tuple[Interval, Sequence[float]]],
+    curve: Sequence[tuple[float, Sequence[float]]],
+    labels: Sequence[str],
+) -> Figure:
+    """Reward of methods against several kinds of cost, a panel each.
+
+    Args:
+      points: reward and costs of each method.
+      curve: reward and costs of best-of-n, for rising n.
+      labels: of the costs.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4 * len(labels), 3.9), layout="constrained")
+    for panel, label in enumerate(labels):
+        axes = figure.add_subplot(1, len(labels), panel + 1)
+        axes.plot(
+            [costs[panel] for _, costs in curve],
+            [reward for reward, _ in curve],
+            "-",
+            color="#999999",
+            label="best of 1, 2, 3, ...",
+            zorder=1,
+        )
+        for index, (name, (interval, costs)) in enumerate(points.items()):
+            marker = "os^Dv<>pP*Xd"[index % 12]
+            axes.errorbar(
+                [costs[panel]],
+                [interval.mean],
+                yerr=[[interval.mean - interval.low], [interval.high - interval.mean]],
+                fmt=marker,
+                markersize=5,
+                capsize=2,
+                linewidth=0.8,
+                label=name,
+            )
+        axes.set_xlabel(label)
+        axes.set_ylabel("reward")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    return figure
+
+
+def budget(curve: Mapping[int, Interval], points: Mapping[str, tuple[int, Interval]]) -> Figure:
+    """Reward against the number of candidates: best-of-n, and methods at their U."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    numbers = list(curve)
+    axes.plot(numbers, [curve[n].mean for n in numbers], "o-", markersize=3, label="best of n")
+    axes.fill_between(
+        numbers, [curve[n].low for n in numbers], [curve[n].high for n in numbers], alpha=0.2
+    )
+    for index, (name, (candidates, interval)) in enumerate(points.items()):
+        axes.errorbar(
+            [candidates * (1 + 0.02 * index)],
+            [interval.mean],
+            yerr=[[interval.mean - interval.low], [interval.high - interval.mean]],
+            fmt="s",
+            capsize=2,
+            label=name,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("candidates U")
+    axes.set_ylabel("reward")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def data_uri(figure: Figure) -> str:
+    """A figure as the source of an image; the same figure gives the same text."""
+    import matplotlib
+
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "iro_jax"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
