@@ -93,8 +93,8 @@ class Arena:
 def check_rivals(config: ConfigDict) -> None:
     """Raises a ValueError where `config.eval.rivals` names a method that there is not."""
     for name in config.eval.rivals:
-        if name not in _BUILDERS:
-            raise ValueError(f"eval.rivals must be of {tuple(_BUILDERS)}. Got: {name!r}")
+        if name not in BUILDERS:
+            raise ValueError(f"eval.rivals must be of {tuple(BUILDERS)}. Got: {name!r}")
 
 
 def rivals(arena: Arena) -> dict[str, Guidance]:
@@ -102,7 +102,7 @@ def rivals(arena: Arena) -> dict[str, Guidance]:
     found = {}
     for name in arena.config.eval.rivals:
         try:
-            guide, method = _BUILDERS[name](arena)
+            guide, method = BUILDERS[name](arena)
         except Unavailable as error:
             logging.warning("%s is left out: %s", name, error)
             continue
@@ -127,7 +127,8 @@ def _weak_to_strong(arena: Arena) -> tuple[Guidance, Method]:
     return arena.log_ratio(), methods.weak_to_strong(*sizes)
 
 
-_BUILDERS: dict[str, Callable[[Arena], tuple[Guidance, Method]]] = {
+# By what `config.eval.rivals` calls them.
+BUILDERS: dict[str, Callable[[Arena], tuple[Guidance, Method]]] = {
     "args": _args,
     "args_sampled": lambda arena: _args(arena, temperature=0.7),
     "blockwise": lambda arena: (arena.first_value(), methods.blockwise(arena.num_candidates)),
@@ -135,6 +136,10 @@ _BUILDERS: dict[str, Callable[[Arena], tuple[Guidance, Method]]] = {
     "controlled_decoding": lambda arena: (
         arena.first_value(),
         methods.controlled_decoding(k=arena.num_candidates),
+    ),
+    "implicit_best_of_n": lambda arena: (
+        arena.log_ratio(),
+        methods.implicit_best_of_n(arena.num_candidates),
     ),
     "q_sharp": lambda arena: (arena.distribution(), methods.q_sharp(k=arena.num_candidates)),
     "value_augmented": lambda arena: (

@@ -19,7 +19,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments.report import write_report, write_table
+from experiments.report import write_page, write_report, write_table
 from experiments.rivals import Arena, check_rivals, rivals
 from experiments.tasks import Context, build_task, value_head
 from iro_jax.collect import Collector, Guidance, SearchSettings
@@ -101,6 +101,10 @@ def run(config: ConfigDict, folder: Path, *, progress: bool, wandb: str | None =
         place = folder if len(seeds) == 1 else folder / f"seed_{seed}"
         results.append(run_seed(of_seed, place, progress=progress, wandb=wandb))
     print(write_table(folder, results))
+    try:
+        print(f"The whole report: {write_page(folder)}")
+    except ImportError as error:
+        logging.warning("There is no page: %s", error)
 
 
 def run_seed(

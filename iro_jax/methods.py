@@ -5,6 +5,7 @@ which candidates survive. The engine, its caches and its costs are the same for 
 
     name                       guide       successors        survivors
     best_of_n                  nothing     whole answers     all; a reward picks
+    implicit_best_of_n         log-ratio   whole answers     all; the log-ratio picks
     iro                        values      chunks            K of K * B, the distinct ones first
     reward_search              reward      chunks            the same, by the reward of prefixes
     weak_to_strong             log-ratio   chunks            the K best
@@ -97,6 +98,11 @@ class Method:
 def best_of_n(n: int = 16) -> Method:
     """N whole answers; the reward, explicit or implicit, picks one: argmax_i r(x, y_i)."""
     return Method("best_of_n", "nothing", 1, n, None, top_k)
+
+
+def implicit_best_of_n(n: int = 16) -> Method:
+    """N whole answers; log pi_tuned(y|x) - log pi_untuned(y|x), EOS included, picks one (BoN-I)."""
+    return Method("implicit_best_of_n", "log_ratio", 1, n, None, top_k)
 
 
 def iro(beam_width: int = 4, num_successors: int = 4, chunk_length: int = 16) -> Method:

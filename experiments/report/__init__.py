@@ -6,6 +6,7 @@ figures.py   the page's pictures
 page.py      `python -m experiments.report --workdir=DIR`: one HTML file without a network
 """
 
+from experiments.report.page import write_page
 from experiments.report.tables import write_report, write_table
 
-__all__ = ["write_report", "write_table"]
+__all__ = ["write_page", "write_report", "write_table"]

@@ -25,9 +25,7 @@ def frontier(
       curve: reward and costs of best-of-n, for rising n.
       labels: of the costs.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.4 * len(labels), 3.9), layout="constrained")
+    figure = _empty(4.4 * len(labels), 3.9)
     for panel, label in enumerate(labels):
         axes = figure.add_subplot(1, len(labels), panel + 1)
         axes.plot(
@@ -60,9 +58,7 @@ def frontier(
 
 def budget(curve: Mapping[int, Interval], points: Mapping[str, tuple[int, Interval]]) -> Figure:
     """Reward against the number of candidates: best-of-n, and methods at their U."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    figure = _empty(5.6, 3.8)
     axes = figure.add_subplot()
     numbers = list(curve)
     axes.plot(numbers, [curve[n].mean for n in numbers], "o-", markersize=3, label="best of n")
@@ -94,3 +90,14 @@ def data_uri(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "iro_jax"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _empty(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'Pictures need matplotlib: pip install -e ".[plots]", or pip install matplotlib.'
+            f" Got: {error}"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
