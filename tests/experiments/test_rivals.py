@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 
 GUIDED_BY_VALUES = ("blockwise", "controlled_decoding", "q_sharp", "value_augmented")
 GUIDED_BY_REWARD = ("args", "args_sampled", "cards")
+GUIDED_BY_LOG_RATIO = ("implicit_best_of_n", "weak_to_strong")
+RIVALS = (*GUIDED_BY_VALUES, *GUIDED_BY_REWARD, *GUIDED_BY_LOG_RATIO)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def finished(tmp_path_factory):
     config = tiny.get_config(str(root))
     config.task.reward.update(kind="model", target=str(root / "reward"))
     config.loop.update(num_iterations=1, betas=1.0, compress=False)
-    config.eval.rivals = (*GUIDED_BY_VALUES, *GUIDED_BY_REWARD, "weak_to_strong")
+    config.eval.rivals = RIVALS
     config.eval.tuned, config.eval.untuned = str(root / "tuned"), str(root / "policy")
     return root / "run", command.run_seed(config, root / "run", progress=False)
 
@@ -46,7 +48,7 @@ def rows(folder, method):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("name", [*GUIDED_BY_VALUES, *GUIDED_BY_REWARD, "weak_to_strong"])
+@pytest.mark.parametrize("name", RIVALS)
 def test_a_rival_answers_every_prompt_within_the_budget(finished, name):
     folder, results = finished
     [result] = [result for result in results if result.name == name]
@@ -63,7 +65,7 @@ def test_a_rival_answers_every_prompt_within_the_budget(finished, name):
 def test_the_reward_may_pick_where_a_method_has_several_answers(finished):
     _, results = finished
     of_each = {result.name: result.reward for result in results}
-    for name in ("blockwise", "weak_to_strong"):
+    for name in ("blockwise", *GUIDED_BY_LOG_RATIO):
         assert (of_each[f"{name}_picked"] >= of_each[name]).all()
     for name in ("args", "cards", "controlled_decoding"):
         assert f"{name}_picked" not in of_each
