@@ -13,7 +13,7 @@ from experiments import run as command
 from iro_jax import files, values
 from iro_jax.collect import Collector, Guidance
 from iro_jax.data import Prompt, PromptError, RolloutError, RolloutStore
-from iro_jax.evaluation import Cost, Ledger
+from iro_jax.evaluation import Ledger
 from iro_jax.rewards import CallableReward
 from iro_jax.values import FitError
 from iro_jax.workdir import Workdir, WorkdirError
@@ -190,10 +190,9 @@ def test_a_prompt_that_comes_up_again_gets_other_draws(finished, tmp_path):
         ledger=Ledger(tmp_path / "cost"),
     )
     guide = collector.guide(Guidance(), chat=False)
-    cost = Cost()
     prompts = [Prompt("a", "w1 w2")]
     one, again, other = (
-        [r.text for r in collector._answer(guide, [], prompts, iteration, cost)]
+        [a.text for a in collector._search(guide, prompts, iteration, trees=0)[0].answers]
         for iteration in (0, 0, 1)
     )
     assert one == again != other
