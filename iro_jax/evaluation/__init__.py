@@ -21,6 +21,16 @@ from iro_jax.evaluation.health import (
     measure_health,
     reward_gap,
 )
+from iro_jax.evaluation.judging import (
+    INSTRUCTION,
+    TLDR,
+    CallableJudge,
+    ChatJudge,
+    JudgeError,
+    PairJudge,
+    Template,
+    Verdicts,
+)
 from iro_jax.evaluation.ledger import Cost, Entry, Ledger, LedgerError
 from iro_jax.evaluation.length_control import (
     GamedBaselines,
@@ -42,7 +52,11 @@ from iro_jax.evaluation.statistics import (
 )
 
 __all__ = [
+    "INSTRUCTION",
+    "TLDR",
     "Bin",
+    "CallableJudge",
+    "ChatJudge",
     "Cost",
     "Drift",
     "Entry",
@@ -50,12 +64,16 @@ __all__ = [
     "GamedBaselines",
     "Health",
     "Interval",
+    "JudgeError",
     "JudgedAnswer",
     "Ledger",
     "LedgerError",
     "LengthModel",
+    "PairJudge",
     "Reader",
     "RewardGap",
+    "Template",
+    "Verdicts",
     "best_of_n_divergence",
     "bootstrap",
     "closes",
