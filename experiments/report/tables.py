@@ -184,6 +184,10 @@ def compare(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, Interval]:
             if f"{kind}_{other}" in reward:
                 name = f"{kind}_{last} - {kind}_{other}"
                 found[name] = paired(reward[f"{kind}_{last}"], reward[f"{kind}_{other}"])
+                if judge:
+                    found[f"{name}, judge"] = paired(
+                        judge[f"{kind}_{last}"], judge[f"{kind}_{other}"]
+                    )
     return found
 
 
