@@ -1,4 +1,4 @@
-"""Training-time rivals, where weights may be touched: for now their losses."""
+"""Training-time rivals, where weights may be touched: reward models, DPO, GRPO, iREPO."""
 
 from iro_jax.baselines.losses import (
     bradley_terry_loss,
@@ -9,8 +9,18 @@ from iro_jax.baselines.losses import (
     soft_preference,
     strengths,
 )
+from iro_jax.baselines.online import OnlineSettings, Round, TunedOnline, tune_grpo, tune_irepo
+from iro_jax.baselines.pairs import Pair, TunedReward, tune_dpo, tune_reward
+from iro_jax.baselines.policies import Tuned, TuningSettings, token_log_probs, tune
 
 __all__ = [
+    "OnlineSettings",
+    "Pair",
+    "Round",
+    "Tuned",
+    "TunedOnline",
+    "TunedReward",
+    "TuningSettings",
     "bradley_terry_loss",
     "dpo_loss",
     "group_advantages",
@@ -18,4 +28,10 @@ __all__ = [
     "irepo_loss",
     "soft_preference",
     "strengths",
+    "token_log_probs",
+    "tune",
+    "tune_dpo",
+    "tune_grpo",
+    "tune_irepo",
+    "tune_reward",
 ]

@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from iro_jax.models.config import TransformerConfig
@@ -41,6 +42,13 @@ class Adapter:
         change = (x @ self.down.astype(x.dtype)) @ self.up.astype(x.dtype)
         return change.reshape(rows.shape[0], change.shape[-1])
 
+
+_PLACES: dict[Target, tuple[str, str]] = {
+    "qkv": ("attention", "qkv"),
+    "output": ("attention", "output"),
+    "up": ("mlp", "up"),
+    "down": ("mlp", "down"),
+}
 
 Adapters: TypeAlias = tuple[dict[Target, Adapter], ...]
 """One dictionary a layer; projections that are not in it stay as they are."""
@@ -75,6 +83,18 @@ def init_adapters(
         {target: adapter(keys[layer, i], target) for i, target in enumerate(targets)}
         for layer in range(config.num_layers)
     )
+
+
+def merge_into(params: nnx.State, adapters: Adapters) -> nnx.State:
+    """The weights with the changes of one copy's adapters in them, in the weights' types."""
+    flat = dict(nnx.to_flat_state(params))
+    for index, of_layer in enumerate(adapters):
+        for target, adapter in of_layer.items():
+            path = ("layers", index, *_PLACES[target], "kernel")
+            kernel = flat[path].get_value()
+            change = (adapter.down[0] @ adapter.up[0]).reshape(kernel.shape)
+            flat[path] = flat[path].replace((kernel + change).astype(kernel.dtype))
+    return nnx.from_flat_state(flat)
 
 
 def _sizes(config: TransformerConfig) -> dict[Target, tuple[int, int]]:

@@ -149,8 +149,9 @@ def expand_beams(
     _, width, successors = state.trace.new.shape[1:]
     rows = _rows(state.beams.finished, reuse_finished)
     prefixes = jax.tree.map(lambda x: take(x, rows), state.beams)
-    first = jnp.arange(successors) == 0
-    carried = state.beams.finished[..., None] & first
+    # In the first slot. Integers are compared, because LLVM fails on eight booleans that XLA on
+    # CPU broadcasts to 64, as it would with B = 8.
+    carried = jnp.arange(successors) < state.beams.finished[..., None].astype(jnp.int32)
     frontier = Frontier(
         step=state.step,
         beams=prefixes,

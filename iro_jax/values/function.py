@@ -14,13 +14,12 @@ from typing import get_args
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from iro_jax.data import Prompt, Rollout
-from iro_jax.models import Params, Pretrained, TextFormat, render, same_tokenizer
-from iro_jax.models.lora import Target, init_adapters
+from iro_jax.models import Pretrained, TextFormat, render, same_tokenizer
+from iro_jax.models.lora import Target, init_adapters, merge_into
 from iro_jax.models.text import end_of_turn
 from iro_jax.models.token_bytes import token_bytes
 from iro_jax.rewards import Answer
@@ -104,20 +103,7 @@ def merge_adapters(function: ValueFunction) -> ValueFunction:
     adapters = function.params.adapters
     if adapters is None:
         return function
-    places = {
-        "qkv": ("attention", "qkv"),
-        "output": ("attention", "output"),
-        "up": ("mlp", "up"),
-        "down": ("mlp", "down"),
-    }
-    flat = dict(nnx.to_flat_state(function.params.backbone))
-    for index, of_layer in enumerate(adapters):
-        for target, adapter in of_layer.items():
-            path = ("layers", index, *places[target], "kernel")
-            kernel = flat[path].get_value()
-            change = (adapter.down[0] @ adapter.up[0]).reshape(kernel.shape)
-            flat[path] = flat[path].replace((kernel + change).astype(kernel.dtype))
-    backbone: Params = nnx.from_flat_state(flat)
+    backbone = merge_into(function.params.backbone, adapters)
     return dataclasses.replace(
         function,
         model=dataclasses.replace(function.model, params=backbone),
