@@ -8,43 +8,36 @@ on with the same command.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-import os
-import sys
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from experiments import command
 from experiments.report import write_page, write_report, write_table
 from experiments.rivals import Arena, check_rivals, rivals
 from experiments.tasks import Context, build_task, value_head
 from iro_jax.collect import Collector, Guidance, SearchSettings
 from iro_jax.compare import Comparison, MethodResult
-from iro_jax.data import PromptError, RolloutError
-from iro_jax.evaluation import Ledger, LedgerError
+from iro_jax.evaluation import Ledger
 from iro_jax.iro import IRO, Learned, LoopSettings
 from iro_jax.metrics import Metrics
-from iro_jax.models import CheckpointError, Sampling, TextFormat, from_pretrained
+from iro_jax.models import Sampling, TextFormat, from_pretrained
 from iro_jax.schedules import betas
-from iro_jax.search import SelectFn, diversity_first, per_parent, top_k
+from iro_jax.search import SelectFn, diversity_first, per_parent, stochastic, top_k
 from iro_jax.values import (
-    FitError,
     FitSettings,
     ValueFitter,
     ValueFunction,
     ValueSettings,
 )
-from iro_jax.workdir import Workdir, WorkdirError
+from iro_jax.workdir import Workdir
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; by default runs/NAME, NAME being the config's."
-)
-_PROGRESS = flags.DEFINE_bool("progress", True, "Whether to show progress bars.")
 _WANDB = flags.DEFINE_string("wandb", None, "Project of Weights & Biases to log to.")
 
 _SELECTIONS: dict[str, SelectFn] = {
@@ -53,45 +46,17 @@ _SELECTIONS: dict[str, SelectFn] = {
     "per_parent": per_parent,
 }
 
-# What a user can put right, told without a stack of frames.
-_EXPECTED = (
-    CheckpointError,
-    FitError,
-    LedgerError,
-    PromptError,
-    RolloutError,
-    WorkdirError,
-    ValueError,
-    OSError,
-    ImportError,
-)
-
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments. Got: {' '.join(argv[1:])}")
-    keep_compiled()
-    # Orbax tells of every step that it takes, and JAX of every platform that it does not find.
-    for library in ("absl", "jax._src.xla_bridge"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    config = _CONFIG.value
-    folder = Path(_WORKDIR.value or Path("runs") / config.name)
-    try:
-        run(config, folder, progress=_PROGRESS.value, wandb=_WANDB.value)
-    except _EXPECTED as error:
-        if os.environ.get("IRO_JAX_TRACEBACK"):
-            raise
-        sys.exit(f"{type(error).__name__}: {error}")
+    config = command.CONFIG.value
+    folder = Path(command.WORKDIR.value or Path("runs") / config.name)
+    with command.started(argv):
+        run(config, folder, progress=command.PROGRESS.value, wandb=_WANDB.value)
 
 
-def keep_compiled() -> None:
-    """Programs that were compiled once are found again by the next run."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "iro_jax" / "compiled"))
-
-
-def run(config: ConfigDict, folder: Path, *, progress: bool, wandb: str | None = None) -> None:
+def run(
+    config: ConfigDict, folder: Path, *, progress: bool, wandb: str | None = None
+) -> list[list[MethodResult]]:
     """Runs a configuration once for each of its seeds, and writes the table of all of them."""
     results: list[list[MethodResult]] = []
     seeds = tuple(config.seeds) or (config.seed,)
@@ -105,6 +70,7 @@ def run(config: ConfigDict, folder: Path, *, progress: bool, wandb: str | None =
         print(f"The whole report: {write_page(folder)}")
     except ImportError as error:
         logging.warning("There is no page: %s", error)
+    return results
 
 
 def run_seed(
@@ -184,8 +150,13 @@ def _search_settings(config: ConfigDict) -> SearchSettings:
 
 
 def _select_fn(name: str) -> SelectFn:
+    """A selection by its name; `stochastic@0.5` has a temperature."""
+    kind, _, temperature = name.partition("@")
+    if kind == "stochastic" and re.fullmatch(r"\d*\.?\d+", temperature) and float(temperature):
+        return functools.partial(stochastic, temperature=float(temperature))
     if name not in _SELECTIONS:
-        raise ValueError(f"select must be one of {tuple(_SELECTIONS)}. Got: {name!r}")
+        known = (*_SELECTIONS, "stochastic@TEMPERATURE")
+        raise ValueError(f"select must be one of {known}. Got: {name!r}")
     return _SELECTIONS[name]
 
 
@@ -210,18 +181,5 @@ def _value_settings(config: ConfigDict) -> ValueSettings:
     )
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Flags, with one line where a configuration is given a field that it does not have."""
-    flags.mark_flag_as_required("config")
-    try:
-        return flags.FLAGS(argv)
-    except AttributeError as error:
-        cause = error.args[0]
-        text = cause.args[0] if isinstance(cause, Exception) else cause
-        sys.exit(f"The configuration has no such field: {text}")
-    except flags.Error as error:
-        sys.exit(f"{error}\nUsage: python -m experiments.run --config=FILE [--workdir=FOLDER]")
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command.parse_flags)

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from configs import sweeps
 from configs.base import get_base
 from experiments.run import _loop_settings, _search_settings, _value_settings
+from experiments.sweep import Point, changed_config
 
 NAMES = sorted(
     path.stem
     for path in (Path(__file__).parents[1] / "configs").glob("*.py")
-    if path.stem not in ("__init__", "base")
+    if path.stem not in ("__init__", "base", "sweeps")
 )
 
 
@@ -35,3 +37,20 @@ def test_a_configuration_and_its_variants_can_be_run(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_fast_variants_leave_the_test_prompts_alone(name):
     assert importlib.import_module(f"configs.{name}").get_config("fast").eval.split == "validation"
+
+
+@pytest.mark.parametrize("variant", sweeps.VARIANTS)
+def test_every_point_of_a_sweep_changes_fields_that_exist(variant):
+    config = sweeps.get_config(variant)
+    points = [Point(label, dict(changes)) for label, changes in config.points]
+    assert len({point.folder for point in points}) == len(points) >= 3
+    seen = []
+    for point in points:
+        changed = changed_config(config.run, point)
+        _search_settings(changed)
+        _loop_settings(changed)
+        _value_settings(changed)
+        seen.append(changed.to_json_best_effort())
+    assert len(set(seen)) == len(points)
+    with pytest.raises(ValueError, match=r"no field 'search\.chunk'"):
+        changed_config(config.run, Point("x", {"search.chunk": 1}))

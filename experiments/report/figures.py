@@ -82,6 +82,38 @@ def budget(curve: Mapping[int, Interval], points: Mapping[str, tuple[int, Interv
     return figure
 
 
+def sweep(title: str, points: Mapping[str, Mapping[str, Interval]]) -> Figure:
+    """Reward of methods at each point of a sweep.
+
+    Args:
+      points: by their labels, each with the same methods.
+    """
+    figure = _empty(max(5.0, 1.1 * len(points)), 4.0)
+    axes = figure.add_subplot()
+    labels = list(points)
+    for shift, name in enumerate(points[labels[0]]):
+        intervals = [points[label][name] for label in labels]
+        axes.errorbar(
+            [place + 0.08 * (shift - 1) for place in range(len(labels))],
+            [interval.mean for interval in intervals],
+            yerr=[
+                [interval.mean - interval.low for interval in intervals],
+                [interval.high - interval.mean for interval in intervals],
+            ],
+            fmt="o-",
+            markersize=4,
+            capsize=2,
+            linewidth=1,
+            label=name,
+        )
+    axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+    axes.set_ylabel("reward")
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def data_uri(figure: Figure) -> str:
     """A figure as the source of an image; the same figure gives the same text."""
     import matplotlib

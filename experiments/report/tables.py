@@ -136,7 +136,7 @@ def methods_table(seeds: Sequence[Sequence[MethodResult]]) -> str:
     """Means of every method, with bootstrap intervals over prompts."""
     reward, judge = _by_method(seeds)
     rows = []
-    base, best = reward["base"], reward[_best_of(reward)]
+    base, best = reward["base"], reward[best_of(reward)]
     for name in reward:
         share = gap_closed(base, reward[name], best)
         rows.append(
@@ -153,7 +153,7 @@ def methods_table(seeds: Sequence[Sequence[MethodResult]]) -> str:
 def compare(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, Interval]:
     """The contrasts that a run is about: paired differences over prompts."""
     reward, judge = _by_method(seeds)
-    best_of = _best_of(reward)
+    of_n = best_of(reward)
     iterations = sorted(
         int(n.removeprefix("iro_")) for n in reward if n[4:].isdigit() and n[:4] == "iro_"
     )
@@ -161,11 +161,11 @@ def compare(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, Interval]:
     for t in iterations:
         sample, picked = f"guided_sample_{t}", f"iro_{t}"
         found[f"{sample} beyond 60% of the gap"] = closes(
-            reward["base"], reward[sample], reward[best_of], 0.6
+            reward["base"], reward[sample], reward[of_n], 0.6
         )
-        found[f"{picked} - {best_of}"] = paired(reward[picked], reward[best_of])
+        found[f"{picked} - {of_n}"] = paired(reward[picked], reward[of_n])
         if judge:
-            found[f"{picked} - {best_of}, judge"] = paired(judge[picked], judge[best_of])
+            found[f"{picked} - {of_n}, judge"] = paired(judge[picked], judge[of_n])
         if t > 1:
             for kind in ("guided_sample", "iro"):
                 name = f"{kind}_{t} - {kind}_1"
@@ -223,6 +223,11 @@ def _cost_row(phase: str, stage: str, cost: Cost) -> tuple[str, ...]:
     )
 
 
+def rewards_by_method(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, np.ndarray]:
+    """Rewards of every method, `[seeds, n]`."""
+    return _by_method(seeds)[0]
+
+
 def _by_method(
     seeds: Sequence[Sequence[MethodResult]],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -239,7 +244,8 @@ def _by_method(
     return reward, judge
 
 
-def _best_of(reward: Mapping[str, np.ndarray]) -> str:
+def best_of(reward: Mapping[str, np.ndarray]) -> str:
+    """The name of best-of-N among methods."""
     return next(name for name in reward if name.startswith("best_of_"))
 
 

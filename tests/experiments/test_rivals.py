@@ -10,6 +10,7 @@ import pytest
 
 from experiments import run as command
 from experiments.report.page import write_page
+from experiments.sweep import Point, sweep
 from iro_jax.data import RolloutStore
 from iro_jax.evaluation import Ledger
 from iro_jax.models import save_pretrained
@@ -179,3 +180,27 @@ def test_an_unknown_rival_is_told_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"eval.rivals must be of.*Got: 'ars'"):
         command.run_seed(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_is_a_run_for_each_point(tmp_path):
+    tiny.write_all(tmp_path)
+    config = tiny.get_config(str(tmp_path))
+    config.loop.update(num_iterations=1, betas=1.0, compress=False)
+    points = [
+        Point("L = 2", {"search.chunk_length": 2}),
+        Point("one hidden layer, L = 3", {"search.chunk_length": 3, "value.head.hidden": (4,)}),
+    ]
+    folder = tmp_path / "sweep"
+    text = sweep(config, points, folder, title="Chunk length", progress=False)
+    assert config.search.chunk_length == 2
+    for point in points:
+        stored = json.loads((folder / point.folder / "config.json").read_text())
+        assert stored["search"]["chunk_length"] == point.changes["search.chunk_length"]
+        assert (folder / point.folder / "report" / "index.html").exists()
+        assert text.count(f"| {point.label} |") == 3
+    numbers = json.loads((folder / "sweep.json").read_text())
+    assert set(numbers["L = 2"]) == {"base", "best_of_4", "guided_sample_1", "iro_1"}
+    assert (folder / "sweep.png").read_bytes()[1:4] == b"PNG"
+    assert sweep(config, points, folder, title="Chunk length", progress=False) == text
+    with pytest.raises(ValueError, match="a label of its own"):
+        sweep(config, [points[0]] * 2, folder, title="", progress=False)
