@@ -287,8 +287,23 @@ def test_drift_has_no_number_where_one_side_has_none():
     short = mask & (np.arange(LONGEST + 1) <= L)
     following = measure_health(values, short, rewards, ids, L)
     assert drift(own, following).error_by_chunk[2:] == (None,) * (len(own.positions) - 2)
-    with pytest.raises(ValueError, match=r"Got: \(chunk_length, chunks\)=\(4, 6\) and \(4, 2\)"):
-        drift(own, measure_health(values[:, : L + 1], short[:, : L + 1], rewards, ids, L))
+
+
+def test_drift_reaches_as_far_as_both_iterations_answers():
+    """Texts in another tokenizer than the policy's have no common longest length."""
+    values, mask, rewards, ids = rollouts()
+    own = measure_health(values, mask, rewards, ids, L)
+    short = (values[:, : L + 1], mask[:, : L + 1])
+    following = measure_health(*short, rewards, ids, L)
+    for a, b in ((own, following), (following, own)):
+        found = drift(a, b)
+        assert len(found.error_by_chunk) == len(found.bias_by_chunk) == 2 < len(own.positions)
+        assert found.error_by_chunk[0] == 0
+        assert found.mean_squared_error == pytest.approx(
+            b.overall.mean_squared_error - a.overall.mean_squared_error
+        )
+    with pytest.raises(ValueError, match=f"chunk length. Got: {L} and {L + 1}"):
+        drift(own, measure_health(values, mask, rewards, ids, L + 1))
 
 
 def test_the_gap_between_rewards_in_standard_deviations_of_the_base_policy():
