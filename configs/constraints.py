@@ -3,8 +3,10 @@
 SmolLM2-135M-Instruct writes short texts under constraints of IFEval's kinds; value functions
 are fitted by binary cross-entropy (49) on its own hidden states.
 
-What to expect, from 60 validation prompts after one iteration: base 0.30, guided sample 0.35, what
-the verifier picks of its candidates 0.67, best-of-16 0.75: the values are not good enough yet.
+What to expect, from 60 test prompts: the share of answers that meet all constraints rises from
+0.14 (base) to 0.42, 0.40 and 0.48 in guided samples after one and two iterations and compressed.
+Where the verifier may pick, best-of-16 (0.85) stays ahead of guided candidates (0.73):
+experiments/RESULTS.md says why.
 
     python -m experiments.run --config=configs/constraints.py --workdir=runs/constraints
 """
