@@ -290,9 +290,19 @@ def value_scorer(
         own,
         end_of_turn(own, chat=chat),
         vocab_size=models[0].network.config.vocab_size,
-        slots=2 * chunk_length,
+        slots=_slots(chunk_length),
     )
     return BridgedValues(values, bridge), params, own
+
+
+def _slots(chunk_length: int) -> int:
+    """What a bridge is given for the tokens of a chunk, those that it reads again included.
+
+    One chunk that needs more has its whole batch searched again. Of Gemma's chunks of 4 tokens, in
+    SmolLM2's, one in 500 needs more than 8 and none of 1,536 more than 10; of those of 16 none more
+    than 23.
+    """
+    return max(2 * chunk_length, chunk_length + 8)
 
 
 def value_sum(
