@@ -33,8 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
     for fit in (config.value.fit, config.value.compression):
         fit.update(learning_rate=1e-3, batch_size=64, num_epochs=20, weight_decay=1e-1)
     if variant == "fast":
-        config.task.num_evaluation = 12
-        config.loop.prompts_per_iteration = 12
-        config.search.update(max_new_tokens=24, shard_size=12)
+        config.task.num_evaluation = 8
+        config.loop.prompts_per_iteration = 8
+        config.search.update(max_new_tokens=24, shard_size=8)
         config.eval.split = "validation"
     return config

@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # A sum of linear heads is a linear head: the longer the fit, the closer.
     config.value.compression.update(weight_decay=0.0, num_epochs=100)
     if variant == "fast":
-        config.task.update(num_evaluation=16, num_reward_reviews=600)
+        config.task.update(num_evaluation=12, num_reward_reviews=400)
         config.loop.update(prompts_per_iteration=8, num_iterations=2)
         config.search.shard_size = 8
         # The test prompts are for the table.
