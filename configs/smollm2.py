@@ -45,11 +45,11 @@ def get_config(variant: str = "") -> ConfigDict:
     # A sum of linear heads is a linear head: the longer the fit, the closer.
     config.value.compression.update(weight_decay=0.0, num_epochs=100)
     if variant == "fast":
-        config.task.update(num_evaluation=12, num_reward_reviews=400)
+        config.task.update(num_evaluation=8, num_reward_reviews=400)
         config.loop.update(prompts_per_iteration=8, num_iterations=2)
-        config.search.shard_size = 8
+        config.search.update(max_new_tokens=16, shard_size=8)
         # The test prompts are for the table.
-        config.eval.split = "validation"
+        config.eval.update(split="validation", reward_on_prefixes=False)
     if variant == "table":
         config.seeds = (0, 1, 2)
         config.task.num_evaluation = 150

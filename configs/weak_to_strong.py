@@ -29,9 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.loop.update(num_iterations=2, compress=False)
     config.eval.reward_on_prefixes = False
     if variant == "fast":
-        config.task.update(num_evaluation=8, num_reward_reviews=400)
         config.loop.num_iterations = 1
-        config.search.max_new_tokens = 16
     else:
         config.task.num_evaluation = 60
     return config
