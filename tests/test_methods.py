@@ -66,9 +66,6 @@ def run(method, tabular, scores, *, seed=0):
         expand_fn = sampled_successors(length, tabular.has_eos)
     score_fn = table_scores(VOCABULARY)
     root = bare_root(1, totals=[method.weight * scores[()]])
-    if isinstance(method.select_fn, search.AcceptFirst):
-        score_fn = search.PromptScore(score_fn)
-        root = score_fn.root(root)
     noise = gumbel(seed, -(-HORIZON // length), method.beam_width * method.num_successors, length)
     params = {
         "log_policy": jnp.asarray(tabular.log_policy[None]),

@@ -12,17 +12,7 @@ from iro_jax.guidance.params import GuidedParams
 from iro_jax.guidance.policy import PolicySampler, Segments, TopTokens
 from iro_jax.guidance.scorers import NoScore, Scorer, Sizes
 from iro_jax.models import Network, Sampling
-from iro_jax.search import (
-    AcceptFirst,
-    HostSearch,
-    PromptScore,
-    Root,
-    ScoreFn,
-    SearchOutput,
-    SelectFn,
-    diversity_first,
-    search,
-)
+from iro_jax.search import HostSearch, Root, SearchOutput, SelectFn, diversity_first, search
 
 _UNGUIDED = NoScore()
 _PLAIN = Sampling()
@@ -105,14 +95,6 @@ class GuidedSearch:
             self.segments,
         )
 
-    @property
-    def score_fn(self) -> ScoreFn:
-        return PromptScore(self.scorer) if self._remembers_prompts else self.scorer
-
-    @property
-    def _remembers_prompts(self) -> bool:
-        return isinstance(self.select_fn, AcceptFirst)
-
     def root(
         self,
         params: GuidedParams,
@@ -135,8 +117,7 @@ class GuidedSearch:
         if scorer_prompts is not None:
             tokens, mask = scorer_prompts
         scores, score_memory = self.scorer.root(params, tokens, mask, features, sizes)
-        root = Root(memory, score_memory, scores)
-        return PromptScore(self.scorer).root(root) if self._remembers_prompts else root
+        return Root(memory, score_memory, scores)
 
     def __call__(
         self,
@@ -185,7 +166,7 @@ class GuidedSearch:
     def _pieces(self) -> dict[str, Any]:
         return {
             "expand_fn": self.expand_fn,
-            "score_fn": self.score_fn,
+            "score_fn": self.scorer,
             "select_fn": self.select_fn,
             "beam_width": self.beam_width,
             "num_successors": self.num_successors,

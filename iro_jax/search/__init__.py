@@ -1,6 +1,6 @@
 """Value-guided chunk search over functions: the loop, its selections, and its tree."""
 
-from iro_jax.search.acceptance import AcceptFirst, PromptScore
+from iro_jax.search.acceptance import AcceptFirst
 from iro_jax.search.choice import choose, majority
 from iro_jax.search.host import HostSearch
 from iro_jax.search.search import (
@@ -52,7 +52,6 @@ __all__ = [
     "HostSearch",
     "Memory",
     "Pool",
-    "PromptScore",
     "Root",
     "ScoreFn",
     "Scores",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from iro_jax.search.types import Candidates, PyTree, Root, ScoreFn, Scores
+from iro_jax.search.types import Candidates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class AcceptFirst:
         tau(t) = min(r*, r_0 + t (r* - r_0) / T_max),   r_0 = (1 - alpha) r(x) + alpha r*
 
     rises from near the bare prompt's reward r(x) to the goal. If none is accepted, the best is
-    taken. r(x) is the last part of the beams' scores; `PromptScore` puts it there.
+    taken.
 
     All B proposals are made at once, so that tokens are those of all of them; what is taken has the
     distribution of a program that stops at the first accepted one.
@@ -62,42 +62,7 @@ class AcceptFirst:
 
     def thresholds(self, candidates: Candidates) -> Float[Array, "P K B"]:
         """tau of every candidate."""
-        of_prompt = candidates.beams.scores.parts[..., -1:]
+        of_prompt = candidates.prompt_scores[:, None, None]
         start = (1 - self.alpha) * of_prompt + self.alpha * self.goal
         risen = start + candidates.lengths / self.horizon * (self.goal - start)
         return jnp.minimum(risen, self.goal)
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptScore:
-    """A `score_fn` that also keeps the bare prompt's score, as the last part of every score.
-
-    Attributes:
-      score_fn: whose scores they are.
-    """
-
-    score_fn: ScoreFn
-
-    def root(self, root: Root) -> Root:
-        """The root for this `score_fn`, from that of the other."""
-        totals = root.scores.total
-        return dataclasses.replace(
-            root,
-            score_memory=(root.score_memory, totals),
-            scores=_with_part(root.scores, totals),
-        )
-
-    def __call__(self, params: PyTree, candidates: Candidates, memory: PyTree):
-        inner, totals = memory
-        scores, inner = self.score_fn(params, candidates, inner)
-        return _with_part(scores, totals), (inner, totals)
-
-    def num_queries(self, scores: Scores) -> int:
-        """Value functions asked for one candidate: the last part is remembered."""
-        return scores.parts.shape[-1] - 1
-
-
-def _with_part(scores: Scores, of_prompts: Float[Array, " P"]) -> Scores:
-    lead = scores.total.shape
-    column = jnp.broadcast_to(of_prompts.reshape(-1, *[1] * (len(lead) - 1)), lead)
-    return Scores(scores.total, jnp.concatenate([scores.parts, column[..., None]], axis=-1))

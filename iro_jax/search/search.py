@@ -188,6 +188,7 @@ def expand_beams(
         new=new,
         valid=new | carried,
         features=chunk.features,
+        prompt_scores=state.prompt_scores,
     )
     return candidates, dataclasses.replace(state, expand_memory=memory)
 
@@ -236,6 +237,7 @@ def select_beams(
     return SearchState(
         step=state.step + 1,
         limit=state.limit,
+        prompt_scores=state.prompt_scores,
         beams=beams,
         pool=_remember(state.pool, beams, entering=beams.finished & selected(candidates.new)),
         trace=_record(state.trace, state.step, candidates, scores, parents),
@@ -243,7 +245,7 @@ def select_beams(
         score_memory=commit(score_memory),
         num_steps=state.num_steps + ~done,
         num_tokens=state.num_tokens + candidates.chunk_lengths.sum((1, 2)),
-        num_queries=state.num_queries + _asked(score_fn, scores) * candidates.new.sum((1, 2)),
+        num_queries=state.num_queries + scores.parts.shape[-1] * candidates.new.sum((1, 2)),
         nonfinite=state.nonfinite | nonfinite,
     )
 
@@ -295,6 +297,7 @@ def start(
     return SearchState(
         step=jnp.int32(0),
         limit=jnp.broadcast_to(limit, (num_prompts,)),
+        prompt_scores=root.scores.total.astype(jnp.float32),
         beams=Beams(
             tokens=jnp.zeros((*lead, capacity), jnp.int32),
             lengths=jnp.zeros(lead, jnp.int32),
@@ -387,12 +390,6 @@ def check_scores(output: SearchOutput) -> None:
             "A score was NaN or infinite (look for NaN in the value functions' weights and for"
             f" betas of zero). Got: such scores in prompts {bad} of the batch"
         )
-
-
-def _asked(score_fn: ScoreFn, scores: Scores) -> int:
-    """Value functions asked for one candidate: as many as there are parts, or what it says."""
-    num_queries = getattr(score_fn, "num_queries", None)
-    return scores.parts.shape[-1] if num_queries is None else num_queries(scores)
 
 
 def _rows(finished: Bool[Array, "P K"], reuse_finished: bool) -> Int[Array, "P K"]:

@@ -143,6 +143,7 @@ class Candidates:
       new: which are successors of this step, `[P, K, B]`.
       valid: which exist: new ones and carried ones.
       features: from `expand_fn`.
+      prompt_scores: of the bare prompts, `[P]`.
     """
 
     beams: Beams
@@ -158,6 +159,7 @@ class Candidates:
     new: Bool[Array, "P K B"]
     valid: Bool[Array, "P K B"]
     features: PyTree
+    prompt_scores: Float[Array, " P"]
 
 
 @jax.tree_util.register_dataclass
@@ -218,6 +220,7 @@ class SearchState:
     Attributes:
       step: chunks done, a scalar.
       limit: most tokens of an answer, `[P]`.
+      prompt_scores: of the bare prompts, `[P]`.
       beams: the survivors.
       pool: finished ones among all earlier survivors.
       trace: what happened so far.
@@ -230,6 +233,7 @@ class SearchState:
 
     step: Int[Array, ""]
     limit: Int[Array, " P"]
+    prompt_scores: Float[Array, " P"]
     beams: Beams
     pool: Pool
     trace: Trace

@@ -43,6 +43,7 @@ def candidates_of(tokens, width, *, valid=None, log_probs=None):
         new=exists,
         valid=exists,
         features=None,
+        prompt_scores=jnp.zeros(1),
     )
 
 
