@@ -38,7 +38,7 @@ from iro_jax.search import SelectFn, diversity_first
 from iro_jax.values import ValueFunction
 
 TREES = "trees.json"
-"""Beside the shards of a search: the trees of its first prompts."""
+"""Beside the shards of an evaluation's search: the trees of its first prompts."""
 
 NUM_TREES = 4
 
@@ -170,17 +170,19 @@ class Collector:
         guide.check([prompt.conversation for prompt in prompts])
         missing = store.missing()
         done = len(prompts) - sum(len(plan[number]) for number in missing)
+        # Reports show the evaluation's.
+        shown = NUM_TREES if phase == "inference" else 0
         with tqdm(
             total=len(prompts), initial=done, unit="prompt", desc=stage, disable=not self.progress
         ) as bar:
             for number in missing:
                 with self.ledger.measure(stage, str(number), phase) as cost:
                     found = self._search(
-                        guide, plan[number], iteration, trees=0 if number else NUM_TREES
+                        guide, plan[number], iteration, trees=0 if number else shown
                     )
                     rollouts = self._rewarded(guide, plan[number], found, iteration)
                     self._bill(cost, guide, readers, found, rollouts)
-                if number == 0:
+                if shown and number == 0:
                     self._write_trees(folder / TREES, plan[number], found)
                 # A killed run may pay for a shard twice, but never forgets what one has cost.
                 store.write(number, rollouts)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from iro_jax.evaluation import Interval
+from iro_jax.evaluation.plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ def frontier(
       curve: reward and costs of best-of-n, for rising n.
       labels: of the costs.
     """
-    figure = _empty(4.4 * len(labels), 3.9)
+    figure = new_figure(4.4 * len(labels), 3.9)
     for panel, label in enumerate(labels):
         axes = figure.add_subplot(1, len(labels), panel + 1)
         axes.plot(
@@ -41,7 +42,7 @@ def frontier(
             axes.errorbar(
                 [costs[panel]],
                 [interval.mean],
-                yerr=[[interval.mean - interval.low], [interval.high - interval.mean]],
+                yerr=_bars([interval]),
                 fmt=marker,
                 markersize=5,
                 capsize=2,
@@ -58,7 +59,7 @@ def frontier(
 
 def budget(curve: Mapping[int, Interval], points: Mapping[str, tuple[int, Interval]]) -> Figure:
     """Reward against the number of candidates: best-of-n, and methods at their U."""
-    figure = _empty(5.6, 3.8)
+    figure = new_figure(5.6, 3.8)
     axes = figure.add_subplot()
     numbers = list(curve)
     axes.plot(numbers, [curve[n].mean for n in numbers], "o-", markersize=3, label="best of n")
@@ -69,7 +70,7 @@ def budget(curve: Mapping[int, Interval], points: Mapping[str, tuple[int, Interv
         axes.errorbar(
             [candidates * (1 + 0.02 * index)],
             [interval.mean],
-            yerr=[[interval.mean - interval.low], [interval.high - interval.mean]],
+            yerr=_bars([interval]),
             fmt="s",
             capsize=2,
             label=name,
@@ -88,7 +89,7 @@ def sweep(title: str, points: Mapping[str, Mapping[str, Interval]]) -> Figure:
     Args:
       points: by their labels, each with the same methods.
     """
-    figure = _empty(max(5.0, 1.1 * len(points)), 4.0)
+    figure = new_figure(max(5.0, 1.1 * len(points)), 4.0)
     axes = figure.add_subplot()
     labels = list(points)
     for shift, name in enumerate(points[labels[0]]):
@@ -96,10 +97,7 @@ def sweep(title: str, points: Mapping[str, Mapping[str, Interval]]) -> Figure:
         axes.errorbar(
             [place + 0.08 * (shift - 1) for place in range(len(labels))],
             [interval.mean for interval in intervals],
-            yerr=[
-                [interval.mean - interval.low for interval in intervals],
-                [interval.high - interval.mean for interval in intervals],
-            ],
+            yerr=_bars(intervals),
             fmt="o-",
             markersize=4,
             capsize=2,
@@ -124,12 +122,9 @@ def data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _empty(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'Pictures need matplotlib: pip install -e ".[plots]", or pip install matplotlib.'
-            f" Got: {error}"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+def _bars(intervals: Sequence[Interval]) -> list[list[float]]:
+    """What `errorbar` takes for `yerr`."""
+    return [
+        [interval.mean - interval.low for interval in intervals],
+        [interval.high - interval.mean for interval in intervals],
+    ]

@@ -142,6 +142,7 @@ def _content(runs: Sequence[Run], answers: int) -> dict[str, Any]:
     judged = {name: _stacked(runs, name, "judge") for name in names}
     spent = {name: spending(runs, name) for name in names}
     best_of = f"best_of_{first.num_candidates}"
+    curve = _best_of_means(runs)
     return {
         "name": first.config["name"],
         "task": first.config["task"]["name"],
@@ -158,9 +159,9 @@ def _content(runs: Sequence[Run], answers: int) -> dict[str, Any]:
             for name, interval in compare([run.results for run in runs]).items()
         ],
         "costs": [_cost_row(name, spent[name], answers) for name in names],
-        "pay_off": _pay_off(runs, rewards, spent, best_of),
+        "pay_off": _pay_off(curve, rewards, spent, best_of),
         "best_of": best_of,
-        "pictures": _pictures(runs, rewards, spent, answers, best_of),
+        "pictures": _pictures(runs, curve, rewards, spent, answers, best_of),
         "side_by_side": _side_by_side(first, names),
         "trees": _trees(first),
     }
@@ -226,12 +227,11 @@ def _cost_row(name: str, spent: Spending, answers: int) -> tuple[str, ...]:
 
 
 def _pay_off(
-    runs: Sequence[Run], rewards: dict[str, Any], spent: dict[str, Spending], best_of: str
+    curve: dict[int, Interval], rewards: dict[str, Any], spent: dict[str, Spending], best_of: str
 ) -> list[tuple[str, str, str]]:
     """For methods that are trained: the best-of-n that is as good, and the answers after which
     the training has cost less than the other's further samples."""
-    curve = _best_of_means(runs)
-    one = spent[best_of].flops / runs[0].num_candidates
+    one = spent[best_of].flops / max(curve)
     found = []
     for name, numbers in rewards.items():
         training = spent[name].training_flops
@@ -256,13 +256,13 @@ def _best_of_means(runs: Sequence[Run]) -> dict[int, Interval]:
 
 def _pictures(
     runs: Sequence[Run],
+    curve: dict[int, Interval],
     rewards: dict[str, Any],
     spent: dict[str, Spending],
     answers: int,
     best_of: str,
 ) -> list[tuple[str, str, str]]:
     """Titles, captions and sources."""
-    curve = _best_of_means(runs)
     candidates = runs[0].num_candidates
     shown = {name: numbers for name, numbers in rewards.items() if name != "base"}
     points = {

@@ -144,8 +144,7 @@ def tune_grpo(
         length: int,
     ) -> list[list[Example]]:
         advantages = group_advantages(scores[0])
-        readings = _readings(asked, answers, tokens)
-        flat = [reading for of_prompt in readings for reading in of_prompt]
+        flat = _readings(asked, answers, tokens)
         sampled = answer_log_probs(current, flat, length=length)
         reference = answer_log_probs(policy, flat, length=length)
         rows = [
@@ -198,8 +197,7 @@ def tune_irepo(
         scores: np.ndarray,
         length: int,
     ) -> list[list[Example]]:
-        readings = _readings(asked, answers, tokens)
-        flat = [reading for of_prompt in readings for reading in of_prompt]
+        flat = _readings(asked, answers, tokens)
         reference = answer_log_probs(current, flat, length=length).sum(axis=1).reshape(-1, 2)
         pairs = scores.reshape(len(annotators), -1, 2)
         labels = soft_preference(pairs[..., 0], pairs[..., 1], clip=label_clip)
@@ -264,8 +262,10 @@ def _rounds(
 
 def _readings(
     prompts: Sequence[Prompt], answers: Sequence[Sequence[GuidedAnswer]], tokens: AnswerTokens
-) -> list[list[Reading]]:
+) -> list[Reading]:
+    """All answers to the first prompt, then to the next."""
     return [
-        [tokens(prompt, answer) for answer in some]
+        tokens(prompt, answer)
         for prompt, some in zip(prompts, answers, strict=True)
+        for answer in some
     ]

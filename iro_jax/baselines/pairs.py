@@ -65,10 +65,7 @@ def tune_dpo(
       ValueError: there are no pairs.
       FitError: a loss is not finite, or the disk is full.
     """
-    if not pairs or not held_out:
-        raise ValueError(
-            f"DPO needs pairs to train on and others. Got: {len(pairs)} and {len(held_out)}"
-        )
+    _check(pairs, held_out)
     length = common_length(
         [r for some in (pairs, held_out) for p in some for r in _read(p, tokens)]
     )
@@ -153,11 +150,7 @@ def tune_reward(
       ValueError: there are no pairs.
       FitError: a loss is not finite, or the disk is full.
     """
-    if not pairs or not held_out:
-        raise ValueError(
-            "A reward model needs pairs to train on and others."
-            f" Got: {len(pairs)} and {len(held_out)}"
-        )
+    _check(pairs, held_out)
     length = common_length(
         [r for some in (pairs, held_out) for p in some for r in _read(p, tokens)]
     )
@@ -197,3 +190,10 @@ def tune_reward(
 
 def _read(pair: Pair, tokens: AnswerTokens) -> list[Reading]:
     return [tokens(pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+
+
+def _check(pairs: Sequence[Pair], held_out: Sequence[Pair]) -> None:
+    if not pairs or not held_out:
+        raise ValueError(
+            f"There must be pairs to train on and others. Got: {len(pairs)} and {len(held_out)}"
+        )

@@ -1,4 +1,5 @@
-"""Statistics over prompts, health of value functions, the cost ledger, and their pictures."""
+"""What a run says about itself: statistics over prompts, win rates and judges, health of value
+functions, the cost ledger, and pictures."""
 
 from iro_jax.evaluation.comparing import best_of_n_divergence, distinct_n, expected_best, wins
 from iro_jax.evaluation.flops import (

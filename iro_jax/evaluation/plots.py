@@ -156,7 +156,12 @@ def save_health_plots(
     return paths
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -164,8 +169,12 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
             'Pictures need matplotlib: pip install -e ".[plots]", or pip install matplotlib.'
             f" Got: {error}"
         ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     width, height = _PANEL
-    figure = Figure(figsize=(panels * width, height), layout="constrained")
+    figure = new_figure(panels * width, height)
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
