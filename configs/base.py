@@ -65,6 +65,8 @@ def get_base() -> ConfigDict:
                 "layer": placeholder(int),
                 "gamma": 1.0,
                 "lam": 0.99,
+                # Of the loss "cdq": next tokens behind each prefix.
+                "next_tokens": 10,
                 "normalise": False,
                 "rank": 8,
                 "targets": ("qkv", "output", "up", "down"),
@@ -81,6 +83,13 @@ def get_base() -> ConfigDict:
                 # Two models with the policy's tokenizer, for what a log-ratio guides.
                 "tuned": placeholder(str),
                 "untuned": placeholder(str),
+                # A chat model that compares answers; needs the package `openai`. No `base_url`:
+                # OpenAI's own. Templates: "instruction", "tldr".
+                "endpoint": {
+                    "model": placeholder(str),
+                    "base_url": placeholder(str),
+                    "template": "instruction",
+                },
             },
         }
     )

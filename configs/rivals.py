@@ -1,9 +1,10 @@
 """Every method that answers at inference, on the task of `configs/smollm2.py`, at equal tokens.
 
 Base sampling, best-of-16, IRO after one to three iterations and compressed, the reward model on
-prefixes, ARGS, CARDS, controlled decoding by tokens and by blocks, Q#, value-augmented sampling.
-Each may use 16 candidates of 24 tokens a prompt. What needs a tuned policy is told and left out,
-unless `--config.eval.tuned=NAME --config.eval.untuned=NAME` say where it is.
+prefixes, ARGS, CARDS, controlled decoding by tokens and by blocks with values by FUDGE and by CD-Q,
+Q#, value-augmented sampling. Each may use 16 candidates of 24 tokens a prompt. What needs a tuned
+policy or an endpoint is told and left out, unless `--config.eval.tuned=NAME
+--config.eval.untuned=NAME` and `--config.eval.endpoint.model=NAME` say where it is.
 
     python -m experiments.run --config=configs/rivals.py --workdir=runs/rivals
 """
@@ -17,8 +18,10 @@ METHODS = (
     "args",
     "args_sampled",
     "blockwise",
+    "blockwise_cdq",
     "cards",
     "controlled_decoding",
+    "controlled_decoding_cdq",
     "implicit_best_of_n",
     "q_sharp",
     "value_augmented",

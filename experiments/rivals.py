@@ -19,7 +19,7 @@ from iro_jax.collect import Guidance
 from iro_jax.iro import IRO, Learned
 from iro_jax.methods import Method
 from iro_jax.models import Pretrained, from_pretrained, same_tokenizer
-from iro_jax.values import Head, ValueFitter
+from iro_jax.values import Head, NextStates, ValueFitter
 
 
 class Unavailable(Exception):
@@ -73,6 +73,23 @@ class Arena:
         fitter = ValueFitter(settings, own.tokens, states=own.states, progress=own.progress)
         return Guidance((self.loop.fit_other("rivals/categorical", fitter),), (1.0,))
 
+    def expectation(self) -> Guidance:
+        """A value function that expects its own value after the policy's next token: CD-Q."""
+        own = self.loop.fitter
+        if own.states is None or own.states.model is not self.policy:
+            raise Unavailable(
+                "CD-Q's values are heads on the policy's own states, which these are not"
+            )
+        settings = dataclasses.replace(own.settings, loss="cdq")
+        fitter = ValueFitter(
+            settings,
+            own.tokens,
+            states=own.states,
+            next_states=next_states(self.config, self.policy),
+            progress=own.progress,
+        )
+        return Guidance((self.loop.fit_other("rivals/cdq", fitter),), (1.0,))
+
     def log_ratio(self) -> Guidance:
         """A tuned and an untuned model that read what the policy writes."""
         names = (self.config.eval.tuned, self.config.eval.untuned)
@@ -88,6 +105,13 @@ class Arena:
         """r* of CARDS: what one in U of the policy's own answers reaches."""
         rewards = [rollout.reward for rollout in self.loop.store(0).all()]
         return float(np.quantile(rewards, 1 - 1 / self.num_candidates))
+
+
+def next_states(config: ConfigDict, policy: Pretrained) -> NextStates:
+    """What the loss `cdq` reads."""
+    value = config.value
+    temperature = config.search.sampling.temperature
+    return NextStates(policy, value.layer, count=value.next_tokens, temperature=temperature)
 
 
 def check_rivals(config: ConfigDict) -> None:
@@ -132,9 +156,14 @@ BUILDERS: dict[str, Callable[[Arena], tuple[Guidance, Method]]] = {
     "args": _args,
     "args_sampled": lambda arena: _args(arena, temperature=0.7),
     "blockwise": lambda arena: (arena.first_value(), methods.blockwise(arena.num_candidates)),
+    "blockwise_cdq": lambda arena: (arena.expectation(), methods.blockwise(arena.num_candidates)),
     "cards": _cards,
     "controlled_decoding": lambda arena: (
         arena.first_value(),
+        methods.controlled_decoding(k=arena.num_candidates),
+    ),
+    "controlled_decoding_cdq": lambda arena: (
+        arena.expectation(),
         methods.controlled_decoding(k=arena.num_candidates),
     ),
     "implicit_best_of_n": lambda arena: (

@@ -19,8 +19,9 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from experiments import command
+from experiments.judging import endpoint_judge, judge_pairs
 from experiments.report import write_page, write_report, write_table
-from experiments.rivals import Arena, check_rivals, rivals
+from experiments.rivals import Arena, check_rivals, next_states, rivals
 from experiments.tasks import Context, build_task, value_head
 from iro_jax.collect import Collector, Guidance, SearchSettings
 from iro_jax.compare import Comparison, MethodResult
@@ -28,6 +29,7 @@ from iro_jax.evaluation import Ledger
 from iro_jax.iro import IRO, Learned, LoopSettings
 from iro_jax.metrics import Metrics
 from iro_jax.models import Sampling, TextFormat, from_pretrained
+from iro_jax.rewards import ExactMatch
 from iro_jax.schedules import betas
 from iro_jax.search import SelectFn, diversity_first, per_parent, stochastic, top_k
 from iro_jax.values import (
@@ -85,6 +87,7 @@ def run_seed(
         _loop_settings(config),
     )
     check_rivals(config)
+    endpoint = endpoint_judge(config)
     fields = config.to_dict()
     fields.pop("seeds")
     workdir = Workdir(folder, fields)
@@ -109,7 +112,13 @@ def run_seed(
         task.train,
         task.start,
         collector,
-        ValueFitter(value, task.tokens, states=task.states, progress=progress),
+        ValueFitter(
+            value,
+            task.tokens,
+            states=task.states,
+            next_states=next_states(config, policy) if value.loss == "cdq" else None,
+            progress=progress,
+        ),
         of_loop,
         task=task.name,
         ledger=ledger,
@@ -117,11 +126,13 @@ def run_seed(
     )
     loop.check(task.evaluation)
     learned = loop.run()
-    comparison = Comparison(workdir, collector, task.judge)
+    vote = task.reward.vote if isinstance(task.reward, ExactMatch) else None
+    comparison = Comparison(workdir, collector, task.judge, vote)
     searches = _searches(learned, task.prefix_reward, config)
     searches |= rivals(Arena(config, policy, task, loop, learned))
     results = comparison(task.evaluation, searches)
     write_report(workdir, ledger, results)
+    judge_pairs(workdir, endpoint, results)
     metrics.close()
     print(f"{folder}: {time.perf_counter() - start:.0f} seconds in this process")
     return results
@@ -171,6 +182,7 @@ def _loop_settings(config: ConfigDict) -> LoopSettings:
 def _value_settings(config: ConfigDict) -> ValueSettings:
     chosen = config.value.to_dict()
     chosen.pop("backbone")
+    chosen.pop("next_tokens")
     chosen["head"] = value_head(config.value)
     compression = chosen.pop("compression")
     chosen["targets"] = tuple(chosen["targets"])

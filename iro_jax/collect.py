@@ -201,7 +201,7 @@ class Collector:
     def guide(self, guidance: Guidance, *, chat: bool, select_fn: SelectFn | None = None) -> Guide:
         """The text interface of one guided policy; `chat` where prompts are conversations."""
         chosen = self.settings
-        method = guidance.method or self._own_search(guidance, select_fn or chosen.select_fn)
+        method = self.method(guidance, select_fn)
         length = method.chunk_length or chosen.max_new_tokens
         return Guide(
             self.policy,
@@ -221,8 +221,10 @@ class Collector:
             **self._scorer(guidance, method, length, chat),
         )
 
-    def _own_search(self, guidance: Guidance, select_fn: SelectFn) -> Method:
-        """That of the settings; unguided, one chunk of the whole length."""
+    def method(self, guidance: Guidance, select_fn: SelectFn | None = None) -> Method:
+        """The guidance's own, or the search of the settings; unguided, one chunk of all tokens."""
+        if guidance.method is not None:
+            return guidance.method
         chosen = self.settings
         return Method(
             "own",
@@ -230,7 +232,7 @@ class Collector:
             chosen.beam_width,
             chosen.num_successors,
             chosen.chunk_length if guidance.functions else None,
-            select_fn,
+            select_fn or chosen.select_fn,
         )
 
     def _scorer(

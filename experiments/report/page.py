@@ -17,14 +17,13 @@ from experiments.report.tables import (
     over_iterations,
     read_health,
     verdict,
+    win_rows,
 )
 from iro_jax.compare import UNGUIDED
 from iro_jax.evaluation import (
     Cost,
     Interval,
-    best_of_n_divergence,
     bootstrap,
-    distinct_n,
     wins,
 )
 from iro_jax.evaluation import plots as health_plots
@@ -154,6 +153,9 @@ def _content(runs: Sequence[Run], answers: int) -> dict[str, Any]:
         "methods": [
             _method_row(first, name, rewards, judged, spent[name], best_of) for name in names
         ],
+        "reward_model": first.stages.get("reward") or {},
+        "endpoint": first.config["eval"].get("endpoint", {}).get("model"),
+        "wins": win_rows(first.stages),
         "contrasts": [
             (name, str(interval), verdict(interval))
             for name, interval in compare([run.results for run in runs]).items()
@@ -185,10 +187,8 @@ def _method_row(
     spent: Spending,
     best_of: str,
 ) -> dict[str, Any]:
-    rows = run.answers(name)
-    divergence = "0" if name == "base" else ""
-    if name == best_of:
-        divergence = f"at most {best_of_n_divergence(run.num_candidates):.2f}"
+    metrics = run.metrics(name)
+    bound = metrics["divergence_bound"]
     against = by_judge = ""
     # The base policy's figures are means over samples, which win against nothing.
     if name not in ("base", best_of):
@@ -201,9 +201,9 @@ def _method_row(
         "judge": "" if judged[name] is None else str(bootstrap(judged[name])),
         "against": against,
         "against_judge": by_judge,
-        "length": f"{np.mean([row['num_tokens'] for row in rows]):.1f}",
-        "distinct": f"{distinct_n([row['output'] for row in rows], 2):.2f}",
-        "divergence": divergence,
+        "length": f"{metrics['mean_length']:.1f}",
+        "distinct": f"{metrics['distinct_2']:.2f}",
+        "divergence": "" if bound is None else f"{bound:.1f}",
         "tokens": f"{spent.tokens:.0f}",
     }
 
@@ -264,7 +264,9 @@ def _pictures(
 ) -> list[tuple[str, str, str]]:
     """Titles, captions and sources."""
     candidates = runs[0].num_candidates
-    shown = {name: numbers for name, numbers in rewards.items() if name != "base"}
+    shown = {
+        name: numbers for name, numbers in rewards.items() if name not in ("base", "references")
+    }
     points = {
         name: (bootstrap(numbers), _costs(spent[name], answers)) for name, numbers in shown.items()
     }

@@ -89,6 +89,10 @@ class Run:
         path = self.folder / "eval" / method / "outputs.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
+    def metrics(self, method: str) -> dict[str, Any]:
+        """`eval/<method>/metrics.json`."""
+        return read_json(self.folder / "eval" / method / "metrics.json", WorkdirError)
+
     def trees(self, search: str) -> list[dict[str, Any]]:
         """The search trees of the first prompts; none where an older version did not keep them."""
         path = self.folder / "eval" / "searches" / search / TREES

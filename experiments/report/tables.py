@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from iro_jax.evaluation import (
     reward_gap,
     save_health_plots,
 )
+from iro_jax.evaluation.length_control import JudgedAnswer, fit_length_model
 from iro_jax.files import write_atomic
 from iro_jax.workdir import Workdir
+
+WINS_HEADER = ("method", "against", "wins (95%)", "length-controlled", "shown first", "changed")
 
 
 def write_report(workdir: Workdir, ledger: Ledger, results: Sequence[MethodResult]) -> None:
@@ -223,6 +226,25 @@ def _cost_row(phase: str, stage: str, cost: Cost) -> tuple[str, ...]:
     )
 
 
+def win_rows(stages: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Under `WINS_HEADER`: what a judge of pairs has said, from the run's stages."""
+    rows = []
+    for stage, said in stages.items():
+        kind, _, pair = stage.partition("/")
+        if kind != "wins":
+            continue
+        opponent, _, name = pair.partition("/")
+        fields = zip(said["preference"], said["lengths"], said["opponents_lengths"], strict=True)
+        answers = [JudgedAnswer(str(i), *row) for i, row in enumerate(fields)]
+        # How hard each of these instructions is, nobody knows.
+        level = {answer.instruction: 0.0 for answer in answers}
+        controlled = fit_length_model(answers, level).win_rate(np.zeros(len(answers))) / 100
+        shares = (controlled, said["shown_first"], said["changed"])
+        wins = str(bootstrap(np.asarray(said["preference"])))
+        rows.append((name, opponent, wins, *(f"{share:.2f}" for share in shares)))
+    return rows
+
+
 def rewards_by_method(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, np.ndarray]:
     """Rewards of every method, `[seeds, n]`."""
     return _by_method(seeds)[0]
@@ -244,9 +266,9 @@ def _by_method(
     return reward, judge
 
 
-def best_of(reward: Mapping[str, np.ndarray]) -> str:
+def best_of(methods: Iterable[str]) -> str:
     """The name of best-of-N among methods."""
-    return next(name for name in reward if name.startswith("best_of_"))
+    return next(name for name in methods if name.startswith("best_of_"))
 
 
 def verdict(interval: Interval) -> str:

@@ -30,6 +30,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from experiments.tasks import Context, Task
 from iro_jax.collect import function_reader
 from iro_jax.data import Prompt
+from iro_jax.evaluation import wins
 from iro_jax.models import Pretrained, from_pretrained, pad_prompts, render
 from iro_jax.models.network import Depth
 from iro_jax.rewards import ClassifierReward
@@ -166,6 +167,7 @@ def _reward_model(
         accuracies = {
             "train_accuracy": _accuracy(head, params, states[held_out:], labels[held_out:]),
             "held_out_accuracy": _accuracy(head, params, states[:held_out], labels[:held_out]),
+            "pair_accuracy": _pair_accuracy(head, params, states[:held_out], labels[:held_out]),
         }
         function = new_head(backbone, head, layer=chosen.layer, source=source)
         function = function.with_params(dataclasses.replace(function.params, head=params))
@@ -231,6 +233,18 @@ def _accuracy(
 ) -> float:
     predicted = np.asarray(head.logits(params, jnp.asarray(states)))[..., 0] > 0
     return float(np.mean(predicted == (labels == 1)[:, None]))
+
+
+def _pair_accuracy(
+    head: Head,
+    params: HeadParams,
+    states: Float[np.ndarray, "n crops D"],
+    labels: Int[np.ndarray, " n"],
+) -> float:
+    """Of pairs of praise and its opposite, those with the praise above; at the longest crop."""
+    scores = np.asarray(head.logits(params, jnp.asarray(states[:, -1])))[..., 0]
+    praise, others = scores[labels == 1], scores[labels == 0]
+    return float(wins(praise[:, None], others[None, :]).mean())
 
 
 def _fit_judge(reviews: Sequence[Review]) -> Pipeline:

@@ -1,7 +1,13 @@
 """What a run says about itself: statistics over prompts, win rates and judges, health of value
 functions, the cost ledger, and pictures."""
 
-from iro_jax.evaluation.comparing import best_of_n_divergence, distinct_n, expected_best, wins
+from iro_jax.evaluation.comparing import (
+    best_of_n_divergence,
+    distinct_n,
+    expected_best,
+    search_divergence,
+    wins,
+)
 from iro_jax.evaluation.flops import (
     Reader,
     decode_flops,
@@ -95,6 +101,7 @@ __all__ = [
     "sample_cost",
     "save_health_plots",
     "search_cost",
+    "search_divergence",
     "standardised_lengths",
     "trace_cost",
     "win_rate",

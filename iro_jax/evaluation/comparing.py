@@ -64,3 +64,27 @@ def best_of_n_divergence(n: int) -> float:
     if n < 1:
         raise ValueError(f"n must be at least 1. Got: {n}")
     return math.log(n) - (n - 1) / n
+
+
+def search_divergence(candidates: int, successors: int, steps: int) -> float:
+    """The bound log U + (steps - 1) log B on KL(chunk-level search || policy), in nats.
+
+    It holds whatever the search selects and whichever finalist it answers: one that it finds must
+    have been sampled. An answer's first chunk is among U samples; after that, the expected number
+    of candidates that begin like it grows by at most B times the next chunk's probability. So an
+    answer comes up at most U B^(steps - 1) times as often as the policy gives it.
+
+    >>> round(search_divergence(16, 4, 1), 2) == round(math.log(16), 2)
+    True
+
+    Args:
+      candidates: U, the samples of the first step.
+      successors: B, of every beam in later steps.
+      steps: chunks of the longest answer.
+    """
+    if min(candidates, successors, steps) < 1:
+        raise ValueError(
+            "candidates, successors and steps must be at least 1."
+            f" Got: {candidates}, {successors}, {steps}"
+        )
+    return math.log(candidates) + (steps - 1) * math.log(successors)

@@ -12,6 +12,7 @@ from iro_jax.values.function import (
 )
 from iro_jax.values.heads import Head, HeadParams, select, stack
 from iro_jax.values.network import ValueMemory, ValueNetwork, ValueParams
+from iro_jax.values.next_states import NextStates
 from iro_jax.values.prefixes import StateCache, prefix_values
 from iro_jax.values.reading import StateReader
 from iro_jax.values.rewards import FunctionReward
@@ -26,6 +27,7 @@ __all__ = [
     "FunctionReward",
     "Head",
     "HeadParams",
+    "NextStates",
     "StateCache",
     "StateReader",
     "ValueFitter",

@@ -26,6 +26,7 @@ from iro_jax.values.function import (
     with_adapters,
 )
 from iro_jax.values.heads import Head, fold_inputs
+from iro_jax.values.next_states import NextStates
 from iro_jax.values.objectives import (
     LossName,
     Trainable,
@@ -110,6 +111,7 @@ class ValueFitter:
       settings: of the functions and fits.
       tokens: rollouts as the value functions read them.
       states: of the frozen backbone, where only heads are trained.
+      next_states: one token further, for the loss `cdq`.
       progress: whether to show bars.
     """
 
@@ -119,11 +121,13 @@ class ValueFitter:
         tokens: AnswerTokens,
         *,
         states: StateCache | None = None,
+        next_states: NextStates | None = None,
         progress: bool = False,
     ):
         self.settings = settings
         self.tokens = tokens
         self.states = states
+        self.next_states = next_states
         self.progress = progress
 
     def check(self, start: ValueFunction, *, compress: bool) -> None:
@@ -134,6 +138,8 @@ class ValueFitter:
         """
         function = self._prepare(start)
         self._objective(function, self.settings.loss)
+        if self.settings.loss == "cdq":
+            self._next_states(function)
         if self.settings.normalise:
             _rescaled(function, 0.0, 2.0)
         if compress:
@@ -176,6 +182,9 @@ class ValueFitter:
         function = _rescaled(self._prepare(start), -mean / std, 1 / std)
         parts: list[_Part] = [(train, scaled(train), None), (held_out, scaled(held_out), None)]
         settings, loss = self.settings.fit, self.settings.loss
+        if loss == "cdq":
+            # Its targets move with the head, so that its losses do not tell epochs apart.
+            settings = dataclasses.replace(settings, patience=None)
         found = self._fit(function, loss, stores, parts, settings, folder, desc, on_epoch)
         return dataclasses.replace(found, function=_rescaled(found.function, mean, std))
 
@@ -246,7 +255,7 @@ class ValueFitter:
         on_epoch: Callable[[Epoch], None] | None,
     ) -> FittedFunction:
         objective = self._objective(function, loss)
-        train, held_out = self._examples(function, stores, parts)
+        train, held_out = self._examples(function, loss, stores, parts)
         head, scale = function.network.head, None
         if "states" in train[0]:
             # Hidden states differ by orders of magnitude between their dimensions.
@@ -298,6 +307,7 @@ class ValueFitter:
     def _examples(
         self,
         function: ValueFunction,
+        loss: LossName,
         stores: Sequence[RolloutStore],
         parts: Sequence[_Part],
     ) -> list[list[dict[str, np.ndarray]]]:
@@ -305,10 +315,14 @@ class ValueFitter:
         if self._reads_states(function) and self.settings.trainable == "head":
             states = [self._states(stores, rollouts) for rollouts, _, _ in parts]
             length = max(len(x) for some in states for x in some)
-            return [
-                state_examples(some, rewards, targets, length=length)
-                for some, (_, rewards, targets) in zip(states, parts, strict=True)
-            ]
+            examples = []
+            for some, (rollouts, rewards, targets) in zip(states, parts, strict=True):
+                following = None
+                if loss == "cdq":
+                    of_part = [self.tokens(r.prompt, r) for r in rollouts]
+                    following = self._next_states(function)(of_part)
+                examples.append(state_examples(some, rewards, targets, following, length=length))
+            return examples
         readings = [[self.tokens(r.prompt, r) for r in rollouts] for rollouts, _, _ in parts]
         length = bucket_length(max(len(p) + len(a) for some in readings for p, a in some))
         return [
@@ -349,6 +363,22 @@ class ValueFitter:
         )
         network = dataclasses.replace(function.network, head=head)
         return dataclasses.replace(function, network=network, params=params)
+
+    def _next_states(self, function: ValueFunction) -> NextStates:
+        found = self.next_states
+        if found is None or not self._reads_states(function):
+            raise ValueError(
+                "loss='cdq' needs the policy's next tokens, and values that are heads on its hidden"
+                " states. Got: values of another network"
+            )
+        assert self.states is not None
+        same = found.policy.params is self.states.model.params
+        if not same or found.depth != self.states.reader.depth:
+            raise ValueError(
+                "States behind next tokens must be those that the head reads. Got: depths"
+                f" {found.depth!r} and {self.states.reader.depth!r}, or another model"
+            )
+        return found
 
     def _reads_states(self, function: ValueFunction) -> bool:
         return self.states is not None and self.states.serves(function)
@@ -400,7 +430,15 @@ def _standardised(
     examples: Sequence[dict[str, np.ndarray]], scale: tuple[np.ndarray, np.ndarray]
 ) -> list[dict[str, np.ndarray]]:
     mean, std = scale
-    return [example | {"states": (example["states"] - mean) / std} for example in examples]
+    return [
+        example
+        | {
+            name: (example[name] - mean) / std
+            for name in ("states", "next_states")
+            if name in example
+        }
+        for example in examples
+    ]
 
 
 def _with_folded_inputs(function: ValueFunction, mean: np.ndarray, std: np.ndarray):

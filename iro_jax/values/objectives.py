@@ -7,7 +7,9 @@
 A batch holds, for n rollouts of at most so many prefixes, either `states` `[n, length, D]`
 (hidden states after the bare prompt and each token of the answer) or `tokens` and `mask`
 `[n, length]`; which places are `prefixes` `[n, length]`; the final `reward` `[n]`; for
-compression the `targets` `[n, length]`; and the `weight` `[n]` of each rollout.
+compression the `targets` `[n, length]`; for CD-Q the `next_states` `[n, length, k, D]` behind the
+policy's k most probable next tokens and their `next_probabilities` `[n, length, k]`; and the
+`weight` `[n]` of each rollout.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -24,10 +27,11 @@ from iro_jax.models import Params
 from iro_jax.values import losses
 from iro_jax.values.fit import Batch, PyTree
 from iro_jax.values.network import ValueNetwork, ValueParams
+from iro_jax.values.next_states import NextTokens
 from iro_jax.values.targets import gae_targets, td_lambda_targets
 
 LossName: TypeAlias = Literal[
-    "monte_carlo", "verifiable", "td_lambda", "gae", "categorical", "compression"
+    "monte_carlo", "verifiable", "td_lambda", "gae", "categorical", "cdq", "compression"
 ]
 Trainable: TypeAlias = Literal["head", "adapters", "all"]
 
@@ -39,7 +43,7 @@ class ValueObjective:
     Attributes:
       network: T = 1.
       loss: `monte_carlo` (equation 7), `verifiable` (49), `td_lambda` (50), `gae`,
-        `categorical`, or `compression` (10).
+        `categorical`, `cdq`, or `compression` (10).
       trainable: the `head` alone, LoRA `adapters` with the head, or `all`.
       gamma, lam: of `td_lambda` and `gae`.
       remat: whether the layers are computed again for the gradient.
@@ -67,6 +71,11 @@ class ValueObjective:
             )
         if self.trainable == "adapters" and not self.network.adapters:
             raise ValueError("trainable='adapters' needs a network with adapters. Got: none")
+        if self.loss == "cdq" and (self.trainable != "head" or output == "categorical"):
+            raise ValueError(
+                "loss='cdq' is for heads that give a value, on a frozen backbone."
+                f" Got: trainable={self.trainable!r}, output={output!r}"
+            )
         if self.trainable == "head" and self.network.head is None:
             raise ValueError(
                 "trainable='head' needs a network with a head of its own. Got: a score head, which"
@@ -108,6 +117,9 @@ class ValueObjective:
         values = self._values(raw)
         if self.loss == "monte_carlo":
             return losses.monte_carlo_loss(values, reward, prefixes, weights=weight)
+        if self.loss == "cdq":
+            expected = self._expected_next(trainable, batch)
+            return losses.cdq_loss(values, expected, reward, prefixes, weights=weight)
         make_targets = td_lambda_targets if self.loss == "td_lambda" else gae_targets
         targets = make_targets(values, reward, prefixes, self.gamma, self.lam)
         return losses.td_loss(values, targets, prefixes, weights=weight)
@@ -123,6 +135,12 @@ class ValueObjective:
         )
         return raw[:, :, 0]
 
+    def _expected_next(self, trainable: PyTree, batch: Batch) -> Float[Array, "n length"]:
+        """sum_z pi(z | s_h) V([s_h, z]), over the next tokens that were read."""
+        assert self.network.head is not None
+        values = self.network.head(trainable["head"], batch["next_states"])[..., 0]
+        return jnp.sum(batch["next_probabilities"] * values, axis=-1)
+
     def _values(self, raw: Array) -> Float[Array, "n length"]:
         head = self.network.head
         return raw if head is None else head.values(raw)
@@ -132,6 +150,7 @@ def state_examples(
     states: Sequence[Float[np.ndarray, "N+1 D"]],
     rewards: Sequence[float],
     targets: Sequence[Float[np.ndarray, " N+1"]] | None = None,
+    next_tokens: Sequence[NextTokens] | None = None,
     *,
     length: int,
 ) -> list[dict[str, np.ndarray]]:
@@ -141,6 +160,7 @@ def state_examples(
       states: hidden states behind every prefix of each rollout.
       rewards: of each rollout.
       targets: values at every prefix, for compression.
+      next_tokens: what may come after every prefix, for CD-Q.
       length: places of an example.
     """
     examples = []
@@ -150,6 +170,10 @@ def state_examples(
         example["states"] = _padded(of_rollout, length)
         if targets is not None:
             example["targets"] = _padded(targets[index], length)
+        if next_tokens is not None:
+            after, probabilities = next_tokens[index]
+            example["next_states"] = _padded(after, length)
+            example["next_probabilities"] = _padded(probabilities, length)
         examples.append(example)
     return examples
 

@@ -85,7 +85,7 @@ class StateReader:
             for index, (prompt, answers) in enumerate(groups)
             for some in _batched(answers, self.answers)
         ]
-        slots = _slots(max((len(x) for _, _, some in rows for x in some), default=0))
+        slots = slots_for(max((len(x) for _, _, some in rows for x in some), default=0))
         found: list[list[np.ndarray]] = [[] for _ in groups]
         for batch in _batched(rows, self.rows):
             padded = pad_prompts([prompt for _, prompt, _ in batch], rows=self.rows)
@@ -113,8 +113,8 @@ class StateReader:
         return found
 
 
-def _slots(length: int) -> int:
-    """A few lengths only, since a program is compiled for each."""
+def slots_for(length: int) -> int:
+    """Places for answers of so many tokens: few sizes, since a program is compiled for each."""
     return max(1, -(-length // 8) * 8) if length <= 64 else bucket_length(length)
 
 
