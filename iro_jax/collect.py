@@ -27,15 +27,18 @@ from iro_jax.guidance import (
     GuidedAnswer,
     LogRatio,
     LogRatioParams,
+    TreeNode,
+    Watching,
     function_scorer,
     reads_policy,
     shared_passes,
+    watching,
 )
 from iro_jax.methods import Method
 from iro_jax.models import Pretrained, Sampling, TextFormat
 from iro_jax.rewards import Reward, check_rewards
 from iro_jax.search import SelectFn, diversity_first
-from iro_jax.values import ValueFunction
+from iro_jax.values import FunctionReward, ValueFunction
 
 TREES = "trees.json"
 """Beside the shards of an evaluation's search: the trees of its first prompts."""
@@ -166,7 +169,13 @@ class Collector:
         if store.complete:
             return store
         readers = value_readers(self.policy, guidance)
-        guide = self.guide(guidance, chat=_chat(prompts), select_fn=select_fn)
+        guide = self.guide(
+            guidance,
+            chat=_chat(prompts),
+            select_fn=select_fn,
+            # A fit needs the hidden states that a reward reads; an evaluation does not.
+            watch=phase == "inference",
+        )
         guide.check([prompt.conversation for prompt in prompts])
         missing = store.missing()
         done = len(prompts) - sum(len(plan[number]) for number in missing)
@@ -183,7 +192,7 @@ class Collector:
                     rollouts = self._rewarded(guide, plan[number], found, iteration)
                     self._bill(cost, guide, readers, found, rollouts)
                 if shown and number == 0:
-                    self._write_trees(folder / TREES, plan[number], found)
+                    self._write_trees(folder / TREES, plan[number], found, _watches(guide))
                 # A killed run may pay for a shard twice, but never forgets what one has cost.
                 store.write(number, rollouts)
                 bar.update(len(plan[number]))
@@ -198,8 +207,23 @@ class Collector:
         unguided = self.guide(Guidance(), chat=_chat(prompts))
         unguided.check([prompt.conversation for prompt in prompts])
 
-    def guide(self, guidance: Guidance, *, chat: bool, select_fn: SelectFn | None = None) -> Guide:
-        """The text interface of one guided policy; `chat` where prompts are conversations."""
+    def guide(
+        self,
+        guidance: Guidance,
+        *,
+        chat: bool,
+        select_fn: SelectFn | None = None,
+        watch: bool = False,
+    ) -> Guide:
+        """The text interface of one guided policy.
+
+        Args:
+          guidance: of the search.
+          chat: whether prompts are conversations.
+          select_fn: which candidates survive, if not those of the settings.
+          watch: whether the search may tell the reward of its answers, where that is a head on
+            the policy's own hidden states.
+        """
         chosen = self.settings
         method = self.method(guidance, select_fn)
         length = method.chunk_length or chosen.max_new_tokens
@@ -218,7 +242,7 @@ class Collector:
             end_characters=chosen.end_characters,
             batch_size=chosen.batch_size,
             text_format=chosen.text_format,
-            **self._scorer(guidance, method, length, chat),
+            **self._scorer(guidance, method, length, chat, watch=watch),
         )
 
     def method(self, guidance: Guidance, select_fn: SelectFn | None = None) -> Method:
@@ -236,9 +260,27 @@ class Collector:
         )
 
     def _scorer(
-        self, guidance: Guidance, method: Method, chunk_length: int, chat: bool
+        self, guidance: Guidance, method: Method, chunk_length: int, chat: bool, *, watch: bool
     ) -> dict[str, Any]:
         """The arguments of `Guide` that say what guides."""
+        found = self._guiding(guidance, method, chunk_length, chat)
+        reward = self.reward
+        # A stop string is cut off before a reward reads the answer, but not in the search.
+        if (
+            watch
+            and isinstance(reward, FunctionReward)
+            and reads_policy(reward.function, self.policy)
+            and found.get("scorer_tokenizer") is None
+            and not self.settings.stop_strings
+        ):
+            found["scorer"], found["scorer_params"] = watching(
+                self.policy, reward.function, found.get("scorer"), found.get("scorer_params")
+            )
+        return found
+
+    def _guiding(
+        self, guidance: Guidance, method: Method, chunk_length: int, chat: bool
+    ) -> dict[str, Any]:
         if method.guide == "nothing":
             return {}
         if method.guide == "log_ratio":
@@ -278,7 +320,10 @@ class Collector:
             for answer in guided.answers
         ]
         asked, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
-        rewards = check_rewards(self.reward(asked, answers), asked)
+        if _watches(guide):
+            rewards = check_rewards([answer.values[-1] for answer in answers], asked)
+        else:
+            rewards = check_rewards(self.reward(asked, answers), asked)
         rollouts: list[Rollout] = []
         for prompt, guided in zip(prompts, found, strict=True):
             start = len(rollouts)
@@ -288,10 +333,17 @@ class Collector:
         return rollouts
 
     @staticmethod
-    def _write_trees(path: Path, prompts: Sequence[Prompt], found: Sequence[Guided]) -> None:
-        """The search trees of a few prompts, for reports."""
+    def _write_trees(
+        path: Path, prompts: Sequence[Prompt], found: Sequence[Guided], watched: bool
+    ) -> None:
+        """The search trees of a few prompts, for reports: what has guided them."""
+
+        def guiding(node: TreeNode) -> dict[str, Any]:
+            fields = node.to_json()
+            return fields | {"values": fields["values"][:-1]} if watched else fields
+
         trees = [
-            {"prompt_id": prompt.id, "nodes": [node.to_json() for node in guided.tree]}
+            {"prompt_id": prompt.id, "nodes": [guiding(node) for node in guided.tree]}
             for prompt, guided in zip(prompts[:NUM_TREES], found, strict=False)
         ]
         write_atomic(path, json.dumps(trees, ensure_ascii=False) + "\n")
@@ -315,8 +367,15 @@ class Collector:
         lengths = [len(r.prompt_tokens) + len(r.tokens) for r in rollouts]
         if self.reward_reader is None:
             cost.reward_queries += len(rollouts)
+        elif _watches(guide):
+            # A head whose hidden states the search had computed.
+            cost += reward_cost(dataclasses.replace(self.reward_reader, layers=0), lengths)
         else:
             cost += reward_cost(self.reward_reader, lengths)
+
+
+def _watches(guide: Guide) -> bool:
+    return isinstance(guide.search.scorer, Watching)
 
 
 def _check_prompts(store: RolloutStore, prompts: Sequence[Prompt]) -> None:

@@ -123,10 +123,13 @@ def sample_cost(
 
 
 def reward_cost(reward: Reader, lengths: Int[ArrayLike, " n"]) -> Cost:
-    """Scoring n whole texts, prompt and answer together, of these many tokens."""
+    """Scoring n whole texts, prompt and answer together, of these many tokens.
+
+    A reader without layers finds its hidden states computed.
+    """
     lengths = np.asarray(lengths)
     return Cost(
-        tokens_read=int(lengths.sum()),
+        tokens_read=0 if reward.layers == 0 else int(lengths.sum()),
         reward_queries=lengths.size,
         reward_flops=reward.flops(lengths),
     )

@@ -4,7 +4,7 @@ from iro_jax.guidance.answers import AnswerSource, Guided, GuidedAnswer, Reward
 from iro_jax.guidance.api import ApiGuide, ApiSampler, api_value_scorer
 from iro_jax.guidance.bridge import Boundaries, Bridge, BridgedValues
 from iro_jax.guidance.endpoint import ApiError, Endpoint
-from iro_jax.guidance.functions import function_scorer, reads_policy, shared_passes
+from iro_jax.guidance.functions import function_scorer, reads_policy, shared_passes, watching
 from iro_jax.guidance.guide import Guide, value_scorer
 from iro_jax.guidance.guided import GuidedSearch
 from iro_jax.guidance.params import GuidedParams
@@ -19,6 +19,8 @@ from iro_jax.guidance.scorers import (
     Sizes,
     ValueSum,
     ValueSumParams,
+    Watching,
+    WatchingParams,
 )
 from iro_jax.guidance.trees import TreeNode, tree_nodes
 
@@ -51,10 +53,13 @@ __all__ = [
     "TreeNode",
     "ValueSum",
     "ValueSumParams",
+    "Watching",
+    "WatchingParams",
     "api_value_scorer",
     "function_scorer",
     "reads_policy",
     "shared_passes",
     "tree_nodes",
     "value_scorer",
+    "watching",
 ]

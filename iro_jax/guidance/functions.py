@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from iro_jax.guidance.guide import value_scorer
-from iro_jax.guidance.scorers import PolicyHeads, PolicyHeadsParams, Scorer
+from iro_jax.guidance.scorers import (
+    NoScore,
+    PolicyHeads,
+    PolicyHeadsParams,
+    Scorer,
+    Watching,
+    WatchingParams,
+)
 from iro_jax.models import Pretrained
 from iro_jax.models.network import Depth
 from iro_jax.values import (
@@ -77,6 +84,25 @@ def function_scorer(
         chunk_length=chunk_length,
         chat=chat,
     )
+
+
+def watching(
+    policy: Pretrained, function: ValueFunction, scorer: Scorer | None = None, params: object = None
+) -> tuple[Scorer, object]:
+    """The scorer and its parameters, with a value function that looks on; see `Watching`.
+
+    Args:
+      function: a head on the policy's hidden states.
+      scorer, params: what guides; by default nothing does.
+
+    Raises:
+      ValueError: the function reads something else.
+    """
+    if not reads_policy(function, policy):
+        raise ValueError("Only heads on the policy's own hidden states can look on. Got: another")
+    heads, of_heads = _policy_heads([function], [1.0])
+    guiding = NoScore() if scorer is None else scorer
+    return Watching(guiding, heads), WatchingParams(params, of_heads)
 
 
 def reads_policy(function: ValueFunction, policy: Pretrained) -> bool:

@@ -37,6 +37,7 @@ from iro_jax.guidance.scorers import (
     Scorer,
     ValueSum,
     ValueSumParams,
+    Watching,
 )
 from iro_jax.models import (
     Conversation,
@@ -354,6 +355,8 @@ def _tokenizer(model: Pretrained) -> PreTrainedTokenizerBase:
 
 def _networks(search: GuidedSearch) -> list[Network]:
     scorer = search.scorer
+    if isinstance(scorer, Watching):
+        scorer = scorer.scorer
     if isinstance(scorer, BridgedValues):
         scorer = scorer.values
     if isinstance(scorer, ValueSum):

@@ -5,6 +5,7 @@
     PolicyHeads   the same for heads on the policy's own hidden states: no extra pass
     LogRatio      log-ratio of a tuned and an untuned language model
     NoScore       nothing: plain sampling, best-of-N
+    Watching      any of them beside heads on the policy's hidden states that only look on
 
 All of them score a chunk from its own tokens and what they remember of the prefix.
 Letters: P prompts, K beams, B successors, L chunk tokens, T value functions.
@@ -299,6 +300,74 @@ class NoScore:
     @staticmethod
     def _zeros(lead: tuple[int, ...]) -> Scores:
         return Scores(jnp.zeros(lead), jnp.zeros((*lead, 0)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WatchingParams:
+    """Parameters of a `Watching`: the scorer's and the heads'."""
+
+    scorer: Any
+    heads: PolicyHeadsParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Watching:
+    """A scorer, and heads on the policy's hidden states that have no say.
+
+    Their values stand in `parts` behind the scorer's own. A reward that is such a head is thereby
+    known of every finalist, without another pass over the answers.
+
+    Attributes:
+      scorer: what guides.
+      heads: what looks on.
+    """
+
+    scorer: Scorer
+    heads: PolicyHeads
+
+    @property
+    def features(self) -> tuple[Depth, ...]:
+        return tuple(dict.fromkeys((*self.scorer.features, *self.heads.features)))
+
+    def check(self, policy: Network) -> None:
+        self.scorer.check(policy)
+        self.heads.check(policy)
+
+    def root(self, params, tokens, mask, features, sizes):
+        guiding, watching = self._split(params)
+        of_scorer = self._wanted(self.scorer, features)
+        scores, memory = self.scorer.root(guiding, tokens, mask, of_scorer, sizes)
+        of_heads = self._wanted(self.heads, features)
+        seen, _ = self.heads.root(watching, tokens, mask, of_heads, sizes)
+        return _beside(scores, seen), memory
+
+    def __call__(self, params, candidates, memory):
+        guiding, watching = self._split(params)
+
+        def for_(scorer: Scorer) -> Candidates:
+            return dataclasses.replace(
+                candidates, features=self._wanted(scorer, candidates.features)
+            )
+
+        scores, memory = self.scorer(guiding, for_(self.scorer), memory)
+        seen, _ = self.heads(watching, for_(self.heads), None)
+        return _beside(scores, seen), memory
+
+    def _split(self, params: GuidedParams) -> tuple[GuidedParams, GuidedParams]:
+        of_both: WatchingParams = params.scorer
+        return (
+            dataclasses.replace(params, scorer=of_both.scorer),
+            dataclasses.replace(params, scorer=of_both.heads),
+        )
+
+    def _wanted(self, scorer: Scorer, features: tuple[Array, ...]) -> tuple[Array, ...]:
+        by_depth = dict(zip(self.features, features, strict=True))
+        return tuple(by_depth[depth] for depth in scorer.features)
+
+
+def _beside(scores: Scores, seen: Scores) -> Scores:
+    return Scores(scores.total, jnp.concatenate([scores.parts, seen.parts], axis=-1))
 
 
 def weighted_sum(values: Sequence[Float[Array, "*lead Ti"]], betas: Float[Array, " T"]) -> Scores:

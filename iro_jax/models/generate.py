@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import chex
@@ -216,26 +215,29 @@ def batch_prompts(
     seed: int,
     batch_size: int,
 ) -> Iterator[KeyedBatch]:
-    """Sorts prompts into buckets, and buckets into batches of `batch_size` rows.
+    """Batches of `batch_size` rows, each in the bucket of its longest prompt.
+
+    Prompts of one bucket stay together, but no batch is left incomplete for that, save the last:
+    to read a short prompt in a longer bucket costs less than another batch.
 
     Args:
       rendered: each prompt's tokens, once for each network that reads it its own way.
       names: of the prompts.
       seed: of the keys.
     """
-    buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, readings in enumerate(rendered):
-        buckets[tuple(bucket_length(len(ids)) for ids in readings)].append(index)
-    for lengths, members in sorted(buckets.items()):
-        for start in range(0, len(members), batch_size):
-            batch = members[start : start + batch_size]
-            padded = tuple(
-                pad_prompts([rendered[i][reader] for i in batch], length=length, rows=batch_size)
-                for reader, length in enumerate(lengths)
-            )
-            fill = [""] * (batch_size - len(batch))
-            keys = prompt_keys(seed, [names[i] for i in batch] + fill)
-            yield KeyedBatch(tuple(batch), padded, keys)
+    buckets = [tuple(bucket_length(len(ids)) for ids in readings) for readings in rendered]
+    # The longest first, so that the incomplete batch is one of short prompts.
+    order = sorted(range(len(rendered)), key=lambda i: buckets[i], reverse=True)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        lengths = map(max, zip(*(buckets[i] for i in batch), strict=True))
+        padded = tuple(
+            pad_prompts([rendered[i][reader] for i in batch], length=length, rows=batch_size)
+            for reader, length in enumerate(lengths)
+        )
+        fill = [""] * (batch_size - len(batch))
+        keys = prompt_keys(seed, [names[i] for i in batch] + fill)
+        yield KeyedBatch(tuple(batch), padded, keys)
 
 
 class Sampler:

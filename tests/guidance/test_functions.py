@@ -14,9 +14,10 @@ from iro_jax.guidance import (
     ValueSum,
     function_scorer,
     reads_policy,
+    watching,
 )
 from iro_jax.guidance.scorers import Sizes
-from iro_jax.models import Pretrained
+from iro_jax.models import Pretrained, prompt_keys
 from iro_jax.testing import tiny_network, word_tokenizer
 from iro_jax.values import (
     Head,
@@ -26,7 +27,17 @@ from iro_jax.values import (
     new_head,
     with_adapters,
 )
-from tests.guidance.cases import EOS, POLICY, SIZES, batch, guided_params, prompts, weights
+from tests.guidance.cases import (
+    EOS,
+    POLICY,
+    SIZES,
+    batch,
+    guided,
+    guided_params,
+    prompts,
+    scored,
+    weights,
+)
 
 WORDS = [f"w{i}" for i in range(55)]
 TOKENIZER = word_tokenizer(WORDS)
@@ -149,6 +160,36 @@ class TestPolicyHeads:
         assert not reads_policy(elsewhere(MIXED[0]), MODEL)
         assert not reads_policy(adapted(MIXED[0], 0), MODEL)
         assert not reads_policy(score_function(0), MODEL)
+
+
+class TestWatching:
+    @pytest.mark.parametrize("kind", ["nothing", "policy heads", "two networks", "log-ratio"])
+    def test_it_changes_nothing_and_sees_the_value_of_every_finalist(self, kind):
+        scorer, params = scored()[kind]
+        asked = prompts(4)
+        keys = prompt_keys(0, [str(i) for i in range(len(asked))])
+
+        def run(scorer, params):
+            search = jax.jit(guided(scorer))
+            return jax.device_get(search(guided_params(params), keys, *batch(asked)))
+
+        alone, watched = run(scorer, params), run(*watching(MODEL, MIXED[0], scorer, params))
+        np.testing.assert_array_equal(alone.finalists.tokens, watched.finalists.tokens)
+        np.testing.assert_array_equal(alone.ranking, watched.ranking)
+        np.testing.assert_allclose(
+            alone.finalists.scores.total, watched.finalists.scores.total, atol=1e-4
+        )
+        parts = watched.finalists.scores.parts
+        assert parts.shape[-1] == alone.finalists.scores.parts.shape[-1] + 1
+        found = watched.finalists
+        for row, entry in np.argwhere(found.valid)[::3]:
+            answer = found.tokens[row, entry, : found.lengths[row, entry]]
+            want = whole(MIXED[0], np.concatenate([asked[row], answer]))
+            np.testing.assert_allclose(parts[row, entry, -1], want, atol=1e-4, rtol=1e-4)
+
+    def test_only_heads_on_the_policy_can_look_on(self):
+        with pytest.raises(ValueError, match="own hidden states can look on"):
+            watching(MODEL, elsewhere(MIXED[0]))
 
 
 class TestNetworks:
