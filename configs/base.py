@@ -72,8 +72,8 @@ def get_base() -> ConfigDict:
                 "targets": ("qkv", "output", "up", "down"),
                 "dtype": "float32",
                 "remat": False,
-                "fit": _fit(),
-                "compression": _fit(),
+                "fit": fit_fields(),
+                "compression": fit_fields(),
             },
             "eval": {
                 "split": "test",
@@ -95,7 +95,8 @@ def get_base() -> ConfigDict:
     )
 
 
-def _fit() -> dict[str, Any]:
+def fit_fields() -> dict[str, Any]:
+    """The fields of a fit; see `iro_jax.values.FitSettings`."""
     return {
         "learning_rate": 3e-6,
         "batch_size": 256,

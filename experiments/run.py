@@ -8,9 +8,7 @@ on with the same command.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,31 +20,19 @@ from experiments import command
 from experiments.judging import endpoint_judge, judge_pairs
 from experiments.report import write_page, write_report, write_table
 from experiments.rivals import Arena, check_rivals, next_states, rivals
-from experiments.tasks import Context, build_task, value_head
-from iro_jax.collect import Collector, Guidance, SearchSettings
+from experiments.settings import loop_settings, search_settings, value_settings
+from experiments.tasks import Context, build_task
+from iro_jax.collect import Collector, Guidance
 from iro_jax.compare import Comparison, MethodResult
 from iro_jax.evaluation import Ledger
-from iro_jax.iro import IRO, Learned, LoopSettings
+from iro_jax.iro import IRO, Learned
 from iro_jax.metrics import Metrics
-from iro_jax.models import Sampling, TextFormat, from_pretrained
+from iro_jax.models import from_pretrained
 from iro_jax.rewards import ExactMatch
-from iro_jax.schedules import betas
-from iro_jax.search import SelectFn, diversity_first, per_parent, stochastic, top_k
-from iro_jax.values import (
-    FitSettings,
-    ValueFitter,
-    ValueFunction,
-    ValueSettings,
-)
+from iro_jax.values import ValueFitter, ValueFunction
 from iro_jax.workdir import Workdir
 
 _WANDB = flags.DEFINE_string("wandb", None, "Project of Weights & Biases to log to.")
-
-_SELECTIONS: dict[str, SelectFn] = {
-    "diversity_first": diversity_first,
-    "top_k": top_k,
-    "per_parent": per_parent,
-}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -82,9 +68,9 @@ def run_seed(
     start = time.perf_counter()
     # What is wrong with a configuration is told before anything is written.
     search, value, of_loop = (
-        _search_settings(config),
-        _value_settings(config),
-        _loop_settings(config),
+        search_settings(config),
+        value_settings(config),
+        loop_settings(config),
     )
     check_rivals(config)
     endpoint = endpoint_judge(config)
@@ -149,48 +135,6 @@ def _searches(
     if reward is not None and config.eval.reward_on_prefixes:
         searches["reward_on_prefixes"] = Guidance((reward,), (1.0,))
     return searches
-
-
-def _search_settings(config: ConfigDict) -> SearchSettings:
-    chosen = config.search.to_dict()
-    sampling = Sampling(**chosen.pop("sampling"))
-    text_format = TextFormat(**chosen.pop("text_format"))
-    chosen["stop_strings"] = tuple(chosen["stop_strings"])
-    chosen["select_fn"] = _select_fn(chosen.pop("select"))
-    return SearchSettings(**chosen, sampling=sampling, text_format=text_format, seed=config.seed)
-
-
-def _select_fn(name: str) -> SelectFn:
-    """A selection by its name; `stochastic@0.5` has a temperature."""
-    kind, _, temperature = name.partition("@")
-    if kind == "stochastic" and re.fullmatch(r"\d*\.?\d+", temperature) and float(temperature):
-        return functools.partial(stochastic, temperature=float(temperature))
-    if name not in _SELECTIONS:
-        known = (*_SELECTIONS, "stochastic@TEMPERATURE")
-        raise ValueError(f"select must be one of {known}. Got: {name!r}")
-    return _SELECTIONS[name]
-
-
-def _loop_settings(config: ConfigDict) -> LoopSettings:
-    chosen = config.loop.to_dict()
-    select = chosen.pop("select")
-    chosen["select_fn"] = None if select is None else _select_fn(select)
-    of_each = betas(chosen.pop("betas"), chosen.pop("num_iterations"))
-    return LoopSettings(**chosen, betas=tuple(of_each), seed=config.seed)
-
-
-def _value_settings(config: ConfigDict) -> ValueSettings:
-    chosen = config.value.to_dict()
-    chosen.pop("backbone")
-    chosen.pop("next_tokens")
-    chosen["head"] = value_head(config.value)
-    compression = chosen.pop("compression")
-    chosen["targets"] = tuple(chosen["targets"])
-    return ValueSettings(
-        **chosen | {"fit": FitSettings(**chosen["fit"], seed=config.seed)},
-        compression=None if compression is None else FitSettings(**compression, seed=config.seed),
-        seed=config.seed,
-    )
 
 
 if __name__ == "__main__":

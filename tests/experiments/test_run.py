@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import run as command
+from experiments.settings import loop_settings, search_settings
 from iro_jax import files, values
 from iro_jax.collect import Collector, Guidance
 from iro_jax.data import Prompt, PromptError, RolloutError, RolloutStore
@@ -168,7 +169,7 @@ def test_mistakes_are_told_before_any_work_and_can_be_put_right(finished, tmp_pa
 def test_betas_may_be_a_number_a_list_or_the_theorems(spec, expected):
     config = tiny.get_config("")
     config.loop.betas = spec
-    assert command._loop_settings(config).betas == pytest.approx(expected)
+    assert loop_settings(config).betas == pytest.approx(expected)
 
 
 def test_a_prompt_that_comes_up_again_gets_other_draws(finished, tmp_path):
@@ -181,7 +182,7 @@ def test_a_prompt_that_comes_up_again_gets_other_draws(finished, tmp_path):
     first, second = ({r.prompt.id for r in store.all()} for store in stores)
     assert len(first & second) == 6
     policy = command.from_pretrained(config.policy.name)
-    settings = command._search_settings(config)
+    settings = search_settings(config)
     collector = Collector(
         policy,
         CallableReward(tiny.reward),
