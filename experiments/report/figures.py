@@ -14,6 +14,37 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def methods(panels: Mapping[str, Mapping[str, Interval]], reference: str) -> Figure:
+    """All methods below each other, a panel for each reward.
+
+    Args:
+      panels: by the reward's name, the interval of every method that has one.
+      reference: the method that a line is drawn at.
+    """
+    names = list(dict.fromkeys(name for of_panel in panels.values() for name in of_panel))
+    figure = new_figure(2.6 + 3.2 * len(panels), 0.8 + 0.27 * len(names))
+    for place, (label, intervals) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), place + 1)
+        rows = [row for row, name in enumerate(names) if name in intervals]
+        shown = [intervals[names[row]] for row in rows]
+        axes.errorbar(
+            [interval.mean for interval in shown],
+            rows,
+            xerr=_bars(shown),
+            fmt="o",
+            markersize=4,
+            capsize=2,
+        )
+        if reference in intervals:
+            axes.axvline(intervals[reference].mean, color="0.6", linewidth=1, linestyle="--")
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), names if place == 0 else [""] * len(names), fontsize=8)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+        axes.set_xlabel(label)
+    return figure
+
+
 def frontier(
     points: Mapping[str, tuple[Interval, Sequence[float]]],
     curve: Sequence[tuple[float, Sequence[float]]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -27,6 +27,9 @@ from iro_jax.evaluation import (
     wins,
 )
 from iro_jax.evaluation import plots as health_plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN_PROMPTS = 12
 """Whose answers are shown side by side."""
@@ -106,7 +109,7 @@ def _flops(cost: Cost) -> float:
 
 
 def write_page(folder: Path, *, answers: int = 1000, target: Path | None = None) -> Path:
-    """Writes the page of a finished run.
+    """Writes the page of a finished run, and its picture of all methods, `methods.png`, beside it.
 
     Args:
       folder: of the run, with one seed or several in it.
@@ -121,6 +124,18 @@ def write_page(folder: Path, *, answers: int = 1000, target: Path | None = None)
         raise ValueError(f"answers must be at least 1. Got: {answers}")
     runs = read_runs(folder)
     target = target or folder / "report" / "index.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = _content(runs, answers)
+    picture = _methods_picture(runs, content["best_of"])
+    picture.savefig(target.with_name("methods.png"), dpi=150)
+    content["pictures"].insert(
+        0,
+        (
+            "Methods",
+            f"95% intervals over prompts; the line is {content['best_of']}.",
+            figures.data_uri(picture),
+        ),
+    )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -128,10 +143,18 @@ def write_page(folder: Path, *, answers: int = 1000, target: Path | None = None)
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = environment.get_template("page.html").render(_content(runs, answers))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    text = environment.get_template("page.html").render(content)
     target.write_text(text, encoding="utf-8")
     return target
+
+
+def _methods_picture(runs: Sequence[Run], best_of: str) -> Figure:
+    """Reward and judge of every method."""
+    panels = {}
+    for kind in ("reward", "judge"):
+        numbers = {name: _stacked(runs, name, kind) for name in common_methods(runs)}
+        panels[kind] = {name: bootstrap(x) for name, x in numbers.items() if x is not None}
+    return figures.methods({kind: found for kind, found in panels.items() if found}, best_of)
 
 
 def _content(runs: Sequence[Run], answers: int) -> dict[str, Any]:
