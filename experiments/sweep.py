@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from experiments import command
 from experiments.report import figures, tables
+from experiments.report.read import read_runs
 from experiments.run import run
 from iro_jax.compare import MethodResult
 from iro_jax.evaluation import Interval, bootstrap, markdown_table
@@ -66,7 +67,8 @@ def sweep(
     found: dict[str, list[list[MethodResult]]] = {}
     for point, of_point in zip(points, configs, strict=True):
         found[point.label] = run(of_point, folder / point.folder, progress=progress)
-    text = f"# {title}\n\n" + _table(found)
+    facts = {point.label: _reward_model(folder / point.folder) for point in points}
+    text = f"# {title}\n\n" + _table(found, facts)
     write_atomic(folder / "sweep.md", text)
     write_atomic(folder / "sweep.json", json.dumps(_numbers(found), indent=1) + "\n")
     try:
@@ -108,13 +110,21 @@ def _intervals(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, Interval]:
     return {name: bootstrap(rewards[name]) for name in chosen}
 
 
-def _table(found: Mapping[str, Sequence[Sequence[MethodResult]]]) -> str:
-    rows = [
-        (label, name, str(interval))
-        for label, seeds in found.items()
-        for name, interval in _intervals(seeds).items()
-    ]
-    return markdown_table(("point", "method", "reward (95%)"), rows)
+def _reward_model(folder: Path) -> str:
+    """The share of held-out pairs that a point's reward model tells, where it trains one."""
+    accuracy = (read_runs(folder)[0].stages.get("reward") or {}).get("pair_accuracy")
+    return "" if accuracy is None else f"{accuracy:.3f}"
+
+
+def _table(found: Mapping[str, Sequence[Sequence[MethodResult]]], facts: Mapping[str, str]) -> str:
+    rows = []
+    for label, seeds in found.items():
+        judged = tables.judgements_by_method(seeds)
+        for name, interval in _intervals(seeds).items():
+            judge = str(bootstrap(judged[name])) if name in judged else ""
+            rows.append((label, name, str(interval), judge, facts[label]))
+    header = ("point", "method", "reward (95%)", "judge (95%)", "pairs told by the reward model")
+    return markdown_table(header, rows)
 
 
 def _numbers(found: Mapping[str, Sequence[Sequence[MethodResult]]]) -> dict[str, Any]:

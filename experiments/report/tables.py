@@ -250,6 +250,11 @@ def rewards_by_method(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, np.n
     return _by_method(seeds)[0]
 
 
+def judgements_by_method(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, np.ndarray]:
+    """The second reward's numbers of every method that has some, `[seeds, n]`."""
+    return _by_method(seeds)[1]
+
+
 def _by_method(
     seeds: Sequence[Sequence[MethodResult]],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
