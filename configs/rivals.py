@@ -35,6 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = smollm2.get_config(variant)
     config.name = "rivals"
     config.eval.rivals = METHODS
-    # The methods' own settings were taken from their papers; nothing was chosen on these prompts.
+    # Weights, temperatures and thresholds are those of the methods' papers; tokens, blocks and
+    # proposals are as many as all methods may have. Nothing was chosen on these prompts.
     config.eval.split = "validation"
     return config

@@ -66,12 +66,15 @@ def _reward_quality() -> Points:
 
 
 def _value_loss() -> Points:
+    # Gamma discounts towards zero, which has to be the rewards' own.
+    plain = {"value.normalise": False}
     points: Points = {
-        "Monte Carlo": {"value.loss": "monte_carlo"},
-        "TD, lambda = .99": {"value.loss": "td_lambda", "value.lam": 0.99},
+        "Monte Carlo": {**plain, "value.loss": "monte_carlo"},
+        "TD, lambda = .99": {**plain, "value.loss": "td_lambda", "value.lam": 0.99},
     }
     for gamma in (1.0, 0.99, 0.98, 0.97, 0.95):
         points[f"GAE, gamma = {gamma:g}"] = {
+            **plain,
             "value.loss": "gae",
             "value.lam": 1.0,
             "value.gamma": gamma,

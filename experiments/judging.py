@@ -49,8 +49,15 @@ def endpoint_judge(config: ConfigDict) -> PairJudge | None:
                 "Win rates by an endpoint are left out: there is none (eval.endpoint.model)"
             )
         return None
+    key = os.environ.get("OPENAI_API_KEY")
+    if key is None and chosen.base_url is None:
+        logging.warning(
+            "Win rates by the endpoint are left out: OPENAI_API_KEY is not set, and there is no"
+            " server of your own (eval.endpoint.base_url)"
+        )
+        return None
     # A server of one's own takes any key.
-    key = None if chosen.base_url is None else os.environ.get("OPENAI_API_KEY", "none")
+    key = key or "none"
     template = TEMPLATES[chosen.template]
     return ChatJudge(chosen.model, template, base_url=chosen.base_url, api_key=key)
 

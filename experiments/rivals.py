@@ -7,6 +7,7 @@ the U most probable tokens at every step. What cannot be run here is told in one
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 
@@ -19,7 +20,9 @@ from iro_jax.collect import Guidance
 from iro_jax.iro import IRO, Learned
 from iro_jax.methods import Method
 from iro_jax.models import Pretrained, from_pretrained, same_tokenizer
+from iro_jax.models.weights.sources import open_checkpoint
 from iro_jax.values import Head, NextStates, ValueFitter
+from iro_jax.values.objectives import LossName
 
 
 class Unavailable(Exception):
@@ -57,10 +60,14 @@ class Arena:
 
     def first_value(self) -> Guidance:
         """V_0, fitted to the policy's own answers by regression: FUDGE, where that is the loss."""
-        return self.learned.guidance(1)
+        # Their own weights multiply it, not the loop's beta.
+        return Guidance(self.learned.functions[:1], (1.0,))
 
     def distribution(self) -> Guidance:
-        """A categorical value function, fitted to the same answers."""
+        """The reward's distribution, fitted to the same answers.
+
+        Bernoulli where rewards are 0 or 1, with eleven atoms elsewhere.
+        """
         rewards = [rollout.reward for rollout in self.loop.store(0).all()]
         low, high = float(np.min(rewards)), float(np.max(rewards))
         if not low < high:
@@ -68,8 +75,11 @@ class Arena:
         own = self.loop.fitter
         before = own.settings.head or self.loop.start.network.head
         hidden, bias = ((), True) if before is None else (before.hidden, before.bias)
+        loss: LossName = "categorical"
         head = Head(hidden, bias, "categorical", num_atoms=11, support=(low, high))
-        settings = dataclasses.replace(own.settings, loss="categorical", head=head, normalise=False)
+        if set(rewards) <= {0.0, 1.0}:
+            loss, head = "verifiable", Head(hidden, bias, "sigmoid")
+        settings = dataclasses.replace(own.settings, loss=loss, head=head, normalise=False)
         fitter = ValueFitter(settings, own.tokens, states=own.states, progress=own.progress)
         return Guidance((self.loop.fit_other("rivals/categorical", fitter),), (1.0,))
 
@@ -77,9 +87,9 @@ class Arena:
         """A value function that expects its own value after the policy's next token: CD-Q."""
         own = self.loop.fitter
         if own.states is None or own.states.model is not self.policy:
-            raise Unavailable(
-                "CD-Q's values are heads on the policy's own states, which these are not"
-            )
+            raise Unavailable("CD-Q fits heads on the policy's own hidden states")
+        if own.settings.loss == "categorical":
+            raise Unavailable("CD-Q fits values, and this run's heads give distributions")
         settings = dataclasses.replace(own.settings, loss="cdq")
         fitter = ValueFitter(
             settings,
@@ -90,15 +100,22 @@ class Arena:
         )
         return Guidance((self.loop.fit_other("rivals/cdq", fitter),), (1.0,))
 
+    @functools.cached_property
+    def pair(self) -> tuple[Pretrained, Pretrained]:
+        """The tuned and the untuned model, read once for all methods."""
+        chosen = self.config.eval
+        return from_pretrained(chosen.tuned), from_pretrained(chosen.untuned)
+
     def log_ratio(self) -> Guidance:
         """A tuned and an untuned model that read what the policy writes."""
-        names = (self.config.eval.tuned, self.config.eval.untuned)
-        if None in names:
+        if None in (self.config.eval.tuned, self.config.eval.untuned):
             raise Unavailable("there is no tuned model (eval.tuned, eval.untuned)")
-        tuned, untuned = (from_pretrained(name) for name in names)
+        tuned, untuned = self.pair
         for model in (tuned, untuned):
             if not same_tokenizer(model.tokenizer, self.policy.tokenizer):
                 raise Unavailable(f"{model.origin} has another tokenizer than the policy")
+            if model.network.config.vocab_size < self.policy.network.config.vocab_size:
+                raise Unavailable(f"{model.origin} knows fewer tokens than the policy")
         return Guidance(log_ratio=(tuned, untuned))
 
     def goal(self) -> float:
@@ -115,10 +132,18 @@ def next_states(config: ConfigDict, policy: Pretrained) -> NextStates:
 
 
 def check_rivals(config: ConfigDict) -> None:
-    """Raises a ValueError where `config.eval.rivals` names a method that there is not."""
+    """Looks for what would stop a run at its end.
+
+    Raises:
+      ValueError: `config.eval.rivals` names a method that there is not.
+      CheckpointError: there is no model at `config.eval.tuned` or `config.eval.untuned`.
+    """
     for name in config.eval.rivals:
         if name not in BUILDERS:
             raise ValueError(f"eval.rivals must be of {tuple(BUILDERS)}. Got: {name!r}")
+    for name in (config.eval.tuned, config.eval.untuned):
+        if name is not None:
+            open_checkpoint(name)
 
 
 def rivals(arena: Arena) -> dict[str, Guidance]:

@@ -99,15 +99,20 @@ def changed_config(config: ConfigDict, point: Point) -> ConfigDict:
     return changed
 
 
-def _intervals(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, Interval]:
-    """Of the methods that a sweep is about: best-of-N, and the last iteration."""
-    rewards = tables.rewards_by_method(seeds)
+def _shown(rewards: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The methods that a sweep is about, by what it calls them: best-of-U, the last iteration."""
     last = max(
         (name for name in rewards if re.fullmatch(r"iro_\d+", name)),
         key=lambda name: int(name.removeprefix("iro_")),
     )
-    chosen = [tables.best_of(rewards), last.replace("iro", "guided_sample"), last]
-    return {name: bootstrap(rewards[name]) for name in chosen}
+    chosen = (tables.best_of(rewards), last.replace("iro", "guided_sample"), last)
+    # U may be what a sweep changes, and its methods have to be the same at all points.
+    return dict(zip(("best of U", *chosen[1:]), chosen, strict=True))
+
+
+def _intervals(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, Interval]:
+    rewards = tables.rewards_by_method(seeds)
+    return {label: bootstrap(rewards[name]) for label, name in _shown(rewards).items()}
 
 
 def _reward_model(folder: Path) -> str:
@@ -120,9 +125,10 @@ def _table(found: Mapping[str, Sequence[Sequence[MethodResult]]], facts: Mapping
     rows = []
     for label, seeds in found.items():
         judged = tables.judgements_by_method(seeds)
-        for name, interval in _intervals(seeds).items():
+        rewards = tables.rewards_by_method(seeds)
+        for shown, name in _shown(rewards).items():
             judge = str(bootstrap(judged[name])) if name in judged else ""
-            rows.append((label, name, str(interval), judge, facts[label]))
+            rows.append((label, shown, str(bootstrap(rewards[name])), judge, facts[label]))
     header = ("point", "method", "reward (95%)", "judge (95%)", "pairs told by the reward model")
     return markdown_table(header, rows)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -59,6 +58,7 @@ class Bench:
     tokens: AnswerTokens
     search: SearchSettings
     ledger: Ledger
+    annotators: tuple[Reward, ...]
     progress: bool
 
     def answers(
@@ -165,7 +165,7 @@ def irepo(bench: Bench, folder: Path) -> Pretrained:
     tuned = baselines.tune_irepo(
         bench.policy,
         bench.task.train,
-        [bench.task.reward, *_annotators(bench)],
+        [bench.task.reward, *bench.annotators],
         bench.tokens,
         bench.online("irepo"),
         bench.tuning("irepo"),
@@ -191,6 +191,9 @@ def run(config: ConfigDict, folder: Path, *, progress: bool) -> str:
     if unknown:
         raise ValueError(f"tuning.methods must be of {('reward_model', *POLICIES)}. Got: {unknown}")
     bench = _bench(config, folder, progress)
+    # Before anything is timed: two methods share them.
+    if {"reward_model", "dpo"} & set(config.tuning.methods):
+        bench.pairs()
     prompts, count = bench.task.evaluation, config.tuning.answers
     base = _groups(bench.answers("base", bench.policy, prompts, count, "inference"))
     found = {"base": _figures(bench, base)}
@@ -218,18 +221,25 @@ def _bench(config: ConfigDict, folder: Path, progress: bool) -> Bench:
     task = build_task(Context(config, policy, config.policy.name, workdir, ledger, progress))
     search = dataclasses.replace(search, text_format=task.text_format)
     tokens = AnswerTokens(policy.tokenizer, policy, text_format=task.text_format)
-    return Bench(config, workdir, policy, task, tokens, search, ledger, progress)
+    annotators = tuple(
+        build_reward(
+            ConfigDict({"kind": kind, "target": None}), None, policy.tokenizer, task.text_format
+        )
+        for kind in config.tuning.irepo.annotators
+        if "irepo" in config.tuning.methods
+    )
+    return Bench(config, workdir, policy, task, tokens, search, ledger, annotators, progress)
 
 
 def _tuned(bench: Bench, name: str, tune: Callable[[Bench, Path], Pretrained]) -> Pretrained:
     """A stage: the policy is trained, exported and read back."""
     folder = bench.workdir / name
     if not bench.workdir.done(name):
-        start = time.perf_counter()
-        policy = tune(bench, folder / "checkpoints")
+        with bench.ledger.measure(name, "fit", "training"):
+            policy = tune(bench, folder / "checkpoints")
         shutil.rmtree(folder / "export", ignore_errors=True)
         save_pretrained(policy, folder / "export")
-        bench.workdir.finish(name, {"seconds": time.perf_counter() - start})
+        bench.workdir.finish(name, {"seconds": bench.ledger.totals(stage=name).seconds})
     return from_pretrained(folder / "export")
 
 
@@ -237,7 +247,6 @@ def _scores(bench: Bench, rollouts: Sequence[Rollout]) -> np.ndarray:
     """By a reward model from pairs, which is a stage of the run."""
     name, folder, config = "reward_model", bench.workdir / "reward_model", bench.config
     if not bench.workdir.done(name):
-        start = time.perf_counter()
         untrained = new_head(
             bench.policy,
             Head(),
@@ -245,17 +254,19 @@ def _scores(bench: Bench, rollouts: Sequence[Rollout]) -> np.ndarray:
             seed=config.seed,
             source=config.policy.name,
         )
-        tuned = baselines.tune_reward(
-            untrained,
-            *bench.pairs(),
-            bench.tokens,
-            FitSettings(**config.tuning.reward_model.fit, seed=config.seed),
-            folder=folder / "checkpoints",
-            progress=bench.progress,
-        )
+        pairs = bench.pairs()
+        with bench.ledger.measure(name, "fit", "training"):
+            tuned = baselines.tune_reward(
+                untrained,
+                *pairs,
+                bench.tokens,
+                FitSettings(**config.tuning.reward_model.fit, seed=config.seed),
+                folder=folder / "checkpoints",
+                progress=bench.progress,
+            )
         shutil.rmtree(folder / "export", ignore_errors=True)
         save_value(tuned.function, folder / "export")
-        seconds = time.perf_counter() - start
+        seconds = bench.ledger.totals(stage=name).seconds
         bench.workdir.finish(name, {"seconds": seconds, "pair_accuracy": tuned.accuracy})
     function = load_value(folder / "export")
     values = prefix_values(function, [bench.tokens(r.prompt, r) for r in rollouts])
@@ -321,17 +332,6 @@ def _table(workdir: Workdir, found: dict[str, dict[str, np.ndarray]]) -> str:
 
 def _answer(rollout: Rollout) -> TextAnswer:
     return TextAnswer(rollout.text, tuple(map(int, rollout.tokens)), rollout.finished)
-
-
-def _annotators(bench: Bench) -> list[Reward]:
-    tokenizer = bench.policy.tokenizer
-    assert tokenizer is not None
-    return [
-        build_reward(
-            ConfigDict({"kind": kind, "target": None}), None, tokenizer, bench.task.text_format
-        )
-        for kind in bench.config.tuning.irepo.annotators
-    ]
 
 
 def _tell(found: baselines.Round) -> None:

@@ -211,6 +211,8 @@ class Comparison:
         if method.successors == "top_tokens":
             # -log pi of what it answers: all of the divergence if it answers nothing else.
             return -float(np.mean([rollout.log_probs.sum() for rollout in answers]))
+        if method.sampling is not None:
+            return None  # it draws from another distribution than the run's policy
         candidates = method.beam_width * method.num_successors
         if method.chunk_length is None:
             return best_of_n_divergence(candidates)

@@ -24,7 +24,7 @@ import numpy as np
 
 from iro_jax.collect import Collector, Guidance, function_reader
 from iro_jax.data import Prompt, Rollout, RolloutStore, choose, split_by_prompt, subset
-from iro_jax.evaluation import Cost, Health, Ledger, drift, measure_health
+from iro_jax.evaluation import Cost, Health, Ledger, Reader, drift, measure_health
 from iro_jax.metrics import Metrics
 from iro_jax.search import SelectFn
 from iro_jax.values import (
@@ -343,6 +343,12 @@ class IRO:
         they are read for this fit, unless the reward has read them.
         """
         reader = function_reader(fitted.function)
+        if fitted.next_tokens:
+            # CD-Q reads the answers for what the policy would say next, and all of that.
+            context = np.full(fitted.next_tokens, fitted.lengths.mean())
+            policy = Reader(self.collector.policy.network.config, logits=True)
+            cost.tokens_read += int(fitted.lengths.sum()) + fitted.next_tokens
+            cost.value_flops += policy.flops(fitted.lengths) + reader.flops(1, context)
         if self._heads_only(fitted.function):
             head = dataclasses.replace(reader, layers=0)
             cost.value_flops += 3 * fitted.epochs * head.flops(fitted.prefixes)

@@ -106,8 +106,8 @@ def test_references_are_a_method_where_prompts_bring_texts(tmp_path):
         (iro(2, 2, 4), math.log(4) + 2 * math.log(2)),
         (iro(2, 2, 5), math.log(4) + 2 * math.log(2)),
         (blockwise(8, 6), 2 * math.log(8)),
-        # Segments of four tokens or more.
-        (cards(1.0, 12, proposals=4), 3 * math.log(4)),
+        # Its proposals are drawn from another distribution.
+        (cards(1.0, 12, proposals=4), None),
         # Nothing is drawn: as far as the answer is improbable.
         (args(k=4), 1.5),
     ],
@@ -117,4 +117,4 @@ def test_distance_from_the_policy(tmp_path, method, bound):
     compare(tmp_path, [1, 0], None, **searches)
     folder = tmp_path / "eval" / ("best_of_4" if method is None else "method")
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["divergence_bound"] == pytest.approx(bound)
+    assert metrics["divergence_bound"] == (bound and pytest.approx(bound))

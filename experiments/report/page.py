@@ -42,8 +42,8 @@ class Spending:
     Attributes:
       tokens, value_queries, reward_queries: for one answer.
       flops: of all networks.
-      training_flops: once, of the value functions that the method uses.
-      seconds: of the search and its rewards.
+      training_flops, training_seconds: once, of the value functions that the method uses.
+      seconds: of the search and its rewards, compilation apart.
       peak_memory_bytes: the highest of the process until then.
     """
 
@@ -52,6 +52,7 @@ class Spending:
     reward_queries: float
     flops: float
     training_flops: float
+    training_seconds: float
     seconds: float
     peak_memory_bytes: float
 
@@ -73,13 +74,15 @@ def _of_run(run: Run, method: str) -> Spending:
     asked = _asks_reward(method)
     flops = cost.policy_flops + cost.value_flops + (cost.reward_flops if asked else 0.0)
     number = run.num_prompts * share
+    training = _training(run, search)
     return Spending(
         tokens=cost.tokens_sampled / number,
         value_queries=cost.value_queries / number,
         reward_queries=cost.reward_queries / number if asked else 0.0,
         flops=flops / number,
-        training_flops=_flops(_training(run, search)),
-        seconds=cost.seconds / number,
+        training_flops=_flops(training),
+        training_seconds=training.seconds - training.compile_seconds,
+        seconds=(cost.seconds - cost.compile_seconds) / number,
         peak_memory_bytes=cost.peak_memory_bytes,
     )
 
@@ -96,12 +99,15 @@ def _training(run: Run, search: str) -> Cost:
         return run.training_cost(int(search.removeprefix("iteration_")))
     if search == "compressed":
         return run.training_cost(total, compressed=True)
+    rollouts = run.ledger.totals(stage="iter_0/rollouts")
     if search == "q_sharp":
-        rollouts = run.ledger.totals(stage="iter_0/rollouts")
         return rollouts + run.ledger.totals(stage="rivals/categorical")
+    if search in ("blockwise_cdq", "controlled_decoding_cdq"):
+        return rollouts + run.ledger.totals(stage="rivals/cdq")
     if search in ("blockwise", "controlled_decoding", "value_augmented"):
         return run.training_cost(1)
-    return Cost()
+    # CARDS takes its goal from the rewards of the policy's own answers.
+    return rollouts if search == "cards" else Cost()
 
 
 def _flops(cost: Cost) -> float:
@@ -211,7 +217,8 @@ def _method_row(
     best_of: str,
 ) -> dict[str, Any]:
     metrics = run.metrics(name)
-    bound = metrics["divergence_bound"]
+    # Older runs have fewer figures.
+    bound, distinct = metrics.get("divergence_bound"), metrics.get("distinct_2")
     against = by_judge = ""
     # The base policy's figures are means over samples, which win against nothing.
     if name not in ("base", best_of):
@@ -225,7 +232,7 @@ def _method_row(
         "against": against,
         "against_judge": by_judge,
         "length": f"{metrics['mean_length']:.1f}",
-        "distinct": f"{metrics['distinct_2']:.2f}",
+        "distinct": "" if distinct is None else f"{distinct:.2f}",
         "divergence": "" if bound is None else f"{bound:.1f}",
         "tokens": f"{spent.tokens:.0f}",
     }
@@ -297,7 +304,11 @@ def _pictures(
         (interval.mean, [n / candidates * x for x in _costs(spent[best_of], answers)])
         for n, interval in curve.items()
     ]
-    labels = ("tokens an answer", "GFLOP an answer, training included", "seconds an answer")
+    labels = (
+        "tokens an answer",
+        "GFLOP an answer, training included",
+        "seconds an answer, likewise",
+    )
     at_budget = {
         name: (candidates, bootstrap(rewards[name]))
         for name in rewards
@@ -307,7 +318,8 @@ def _pictures(
         (
             "Reward against cost",
             f"Training is spread over {answers:,} answers. Grey: the expected reward of best-of-n,"
-            " from the same samples. Seconds are those of a batch, divided by its answers, with"
+            " from the same samples. Seconds are those of a batch, divided by its answers, without"
+            " compilation and with"
             " the rewards of all candidates.",
             figures.data_uri(figures.frontier(points, best_of_costs, labels)),
         ),
@@ -354,7 +366,7 @@ def _costs(spent: Spending, answers: int) -> tuple[float, float, float]:
     return (
         spent.tokens,
         (spent.flops + spent.training_flops / answers) / 1e9,
-        spent.seconds,
+        spent.seconds + spent.training_seconds / answers,
     )
 
 

@@ -30,7 +30,15 @@ from iro_jax.evaluation.length_control import JudgedAnswer, fit_length_model
 from iro_jax.files import write_atomic
 from iro_jax.workdir import Workdir
 
-WINS_HEADER = ("method", "against", "wins (95%)", "length-controlled", "shown first", "changed")
+WINS_HEADER = (
+    "method",
+    "against",
+    "wins (95%)",
+    "length-controlled",
+    "shown first",
+    "changed",
+    "unread replies",
+)
 
 
 def write_report(workdir: Workdir, ledger: Ledger, results: Sequence[MethodResult]) -> None:
@@ -56,7 +64,8 @@ def read_health(
     """Health, drift and held-out losses of every value function, as the run entered them."""
     healths, drifts, losses = {}, {}, {}
     for stage, found in stages.items():
-        if not isinstance(found, dict) or "curve" not in found:
+        # The losses of rivals are of other kinds.
+        if not isinstance(found, dict) or "curve" not in found or stage.startswith("rivals/"):
             continue
         label = stage.removesuffix("/value")
         curve = found["curve"]
@@ -191,7 +200,19 @@ def compare(seeds: Sequence[Sequence[MethodResult]]) -> dict[str, Interval]:
                     found[f"{name}, judge"] = paired(
                         judge[f"{kind}_{last}"], judge[f"{kind}_{other}"]
                     )
+    for other in _rivals(reward):
+        # What the reward picks is compared with what it picks, and a sample with a sample.
+        kind = "iro" if other.endswith("_picked") else "guided_sample"
+        found[f"{kind}_{last} - {other}"] = paired(reward[f"{kind}_{last}"], reward[other])
+        if judge:
+            found[f"{kind}_{last} - {other}, judge"] = paired(judge[f"{kind}_{last}"], judge[other])
     return found
+
+
+def _rivals(methods: Iterable[str]) -> list[str]:
+    """Methods besides IRO, the base policy, its best-of-N, and references."""
+    own = ("base", "best_of_", "guided_sample_", "iro_", "majority_", "weighted_", "references")
+    return [name for name in methods if not name.startswith(own)]
 
 
 def cost_table(ledger: Ledger) -> str:
@@ -241,7 +262,8 @@ def win_rows(stages: Mapping[str, Any]) -> list[tuple[str, ...]]:
         controlled = fit_length_model(answers, level).win_rate(np.zeros(len(answers))) / 100
         shares = (controlled, said["shown_first"], said["changed"])
         wins = str(bootstrap(np.asarray(said["preference"])))
-        rows.append((name, opponent, wins, *(f"{share:.2f}" for share in shares)))
+        cells = (*(f"{share:.2f}" for share in shares), str(said["unread"]))
+        rows.append((name, opponent, wins, *cells))
     return rows
 
 
@@ -259,8 +281,9 @@ def _by_method(
     seeds: Sequence[Sequence[MethodResult]],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Rewards and judgements of every method, `[seeds, n]`."""
-    names = [result.name for result in seeds[0]]
     of_all: list[Mapping[str, MethodResult]] = [{r.name: r for r in results} for results in seeds]
+    # What a method needs may be there for one seed only.
+    names = [r.name for r in seeds[0] if all(r.name in of_seed for of_seed in of_all)]
     reward = {name: np.stack([of_seed[name].reward for of_seed in of_all]) for name in names}
     judge = {}
     for name in names:

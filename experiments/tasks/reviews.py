@@ -30,7 +30,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from experiments.tasks import Context, Task
 from iro_jax.collect import function_reader
 from iro_jax.data import Prompt
-from iro_jax.evaluation import wins
+from iro_jax.evaluation import Reader, wins
 from iro_jax.models import Pretrained, from_pretrained, pad_prompts, render
 from iro_jax.models.network import Depth
 from iro_jax.rewards import ClassifierReward
@@ -160,6 +160,8 @@ def _reward_model(
             depth: Depth = "hidden" if chosen.layer is None else chosen.layer
             states = _states(backbone, reviews, chosen.crops, depth)
             cost.tokens_read += len(reviews) * max(chosen.crops)
+            reader = Reader(backbone.network.config, chosen.layer)
+            cost.reward_flops += reader.flops([max(chosen.crops)] * len(reviews))
             labels = np.asarray([review.label for review in reviews])
             held_out = len(reviews) // 10
             params = _fit_head(states[held_out:], labels[held_out:], chosen.regularisation)

@@ -180,8 +180,8 @@ def soft_preference(
 ) -> Float[np.ndarray, " n"]:
     """The probability that the first answers are better, from several annotators' scores.
 
-    Of two answers, Zermelo's strengths are their shares of the annotators that scored them higher;
-    a tie is half a win for both.
+    Of two answers, what Zermelo's iteration (`strengths`) ends in are their shares of the
+    annotators that scored them higher; a tie is half a win for both.
 
     Args:
       clip: how near to 0 and 1 the result may come: a logit has to exist.

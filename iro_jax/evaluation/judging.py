@@ -114,7 +114,8 @@ Answer B:
 Which answer would most people prefer? Think of whether it does what was asked, and whether it is
 right, helpful and clear. Neither the order of the answers nor their length is a reason by itself.
 Reply with the letter of the better answer, A or B, and nothing else.""",
-    verdict=re.compile(r"\b([AB])\b"),
+    # "B", "Answer: B.", "A is better"; but not the article of "A better one would be B".
+    verdict=re.compile(r"^\W*(?:Answer\W+)?([AB])(?=\W*$|[^\w\s]|\s+is\b|\s*\n)"),
 )
 """Instructions and answers, in the manner of AlpacaEval."""
 

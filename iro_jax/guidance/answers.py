@@ -118,6 +118,7 @@ class FinalChoice:
         read: Callable[[tuple[int, ...]], str],
         *,
         trees: bool = False,
+        by_score: bool = True,
     ) -> Guided:
         """One prompt's result.
 
@@ -126,6 +127,7 @@ class FinalChoice:
           output: of the batch, on the host, and `row`, the prompt's place in it.
           read: from an answer's tokens to its text.
           trees: whether to tell of all candidates.
+          by_score: whether these were selected by their scores alone.
 
         Raises:
           ValueError: a reward is NaN.
@@ -145,7 +147,7 @@ class FinalChoice:
             int(output.num_tokens[row]),
             int(output.num_queries[row]),
             np.asarray(output.trace.chunk_lengths[:, row]),
-            tuple(tree_nodes(output, row, read)) if trees else (),
+            tuple(tree_nodes(output, row, read, by_score=by_score)) if trees else (),
         )
 
     @staticmethod

@@ -52,7 +52,7 @@ from iro_jax.models.generate import KeyedBatch, batch_prompts, name_prompts
 from iro_jax.models.stop import cut, stop_table
 from iro_jax.models.text import check_ids, end_of_turn
 from iro_jax.models.token_bytes import token_bytes
-from iro_jax.search import SearchOutput, SelectFn, check_scores, diversity_first
+from iro_jax.search import SearchOutput, SelectFn, check_scores, diversity_first, per_parent, top_k
 from iro_jax.values import ValueNetwork, ValueParams
 
 
@@ -173,10 +173,19 @@ class Guide:
         rendered = [self._render(index, prompt) for index, prompt in enumerate(prompts)]
         batches = batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size)
 
+        by_score = self.search.select_fn in (diversity_first, per_parent, top_k)
+
         def answer(batch: KeyedBatch) -> list[Guided]:
             output = jax.device_get(self._search_batch(batch))
             return [
-                self.final_choice(prompts[index], output, row, self._read, trees=index < trees)
+                self.final_choice(
+                    prompts[index],
+                    output,
+                    row,
+                    self._read,
+                    trees=index < trees,
+                    by_score=by_score,
+                )
                 for row, index in enumerate(batch.indices)
             ]
 

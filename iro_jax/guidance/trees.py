@@ -44,7 +44,11 @@ class TreeNode:
 
 
 def tree_nodes(
-    output: SearchOutput, row: int, read: Callable[[tuple[int, ...]], str]
+    output: SearchOutput,
+    row: int,
+    read: Callable[[tuple[int, ...]], str],
+    *,
+    by_score: bool = True,
 ) -> list[TreeNode]:
     """The candidates of one prompt, step by step.
 
@@ -52,6 +56,8 @@ def tree_nodes(
       output: of a batch, on the host.
       row: the prompt's place in it.
       read: from an answer's tokens to its text.
+      by_score: whether the selection goes by the scores alone. Otherwise nobody can tell from them
+        why a candidate was dropped.
     """
     trace = output.trace
     successors = trace.new.shape[-1]
@@ -88,7 +94,7 @@ def tree_nodes(
                     log_prob=float(log_probs[slot, : lengths[slot]].sum()),
                     finished=bool(ends[slot]),
                     kept=slot in chosen,
-                    why=_why(slot, chosen, of_slots, totals, successors),
+                    why=_why(slot, chosen, of_slots, totals, successors, by_score),
                 )
             )
     return nodes
@@ -108,11 +114,14 @@ def _why(
     answers: dict[int, tuple[int, ...]],
     totals: np.ndarray,
     successors: int,
+    by_score: bool,
 ) -> str:
     if slot in chosen:
         return "kept"
     if any(answers[other] == answers[slot] for other in chosen if other in answers):
         return "dropped: the same answer was kept already"
+    if not by_score:
+        return "dropped: the method's rule, which goes by more than the score, took another"
     lowest = min(float(totals[other]) for other in chosen)
     if totals[slot] < lowest:
         return f"dropped: below {lowest:.3f}, the lowest score that was kept"

@@ -94,6 +94,7 @@ class FittedFunction:
       lengths: tokens of the training rollouts, each with its prompt.
       prefixes: of these rollouts at which it was trained.
       epochs: passes over them.
+      next_tokens: read behind their prefixes, for CD-Q.
     """
 
     function: ValueFunction
@@ -102,6 +103,7 @@ class FittedFunction:
     lengths: Int[np.ndarray, " n"]
     prefixes: int
     epochs: int
+    next_tokens: int = 0
 
 
 class ValueFitter:
@@ -287,6 +289,11 @@ class ValueFitter:
             lengths=np.asarray([len(prompt) + len(answer) for prompt, answer in readings]),
             prefixes=sum(int(example["prefixes"].sum()) for example in train),
             epochs=found.curve[-1].epoch,
+            next_tokens=sum(
+                int(example["prefixes"].sum()) * example["next_probabilities"].shape[-1]
+                for example in train
+                if "next_probabilities" in example
+            ),
         )
 
     def _objective(self, function: ValueFunction, loss: LossName) -> ValueObjective:

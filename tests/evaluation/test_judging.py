@@ -105,6 +105,10 @@ def test_a_server_that_refuses_is_named():
 @pytest.mark.parametrize(
     ("template", "reply", "letter"),
     [
+        (INSTRUCTION, "B is better than A.", "B"),
+        (INSTRUCTION, "Answer B. A is too long.", "B"),
+        (INSTRUCTION, "**A**", "A"),
+        (INSTRUCTION, "A better answer would be B", None),
         (TLDR, "Comparison: B is vague.\nPreferred: A", "A"),
         (TLDR, "comparison: ...\npreferred: **b**", "B"),
         (TLDR, "A is better", None),

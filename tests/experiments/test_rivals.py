@@ -20,7 +20,14 @@ from tests.experiments import tiny
 
 pytestmark = pytest.mark.slow
 
-GUIDED_BY_VALUES = ("blockwise", "controlled_decoding", "q_sharp", "value_augmented")
+GUIDED_BY_VALUES = (
+    "blockwise",
+    "blockwise_cdq",
+    "controlled_decoding",
+    "controlled_decoding_cdq",
+    "q_sharp",
+    "value_augmented",
+)
 GUIDED_BY_REWARD = ("args", "args_sampled", "cards")
 GUIDED_BY_LOG_RATIO = ("implicit_best_of_n", "weak_to_strong")
 RIVALS = (*GUIDED_BY_VALUES, *GUIDED_BY_REWARD, *GUIDED_BY_LOG_RATIO)
@@ -188,7 +195,15 @@ def test_a_sweep_is_a_run_for_each_point(tmp_path):
     config.loop.update(num_iterations=1, betas=1.0, compress=False)
     points = [
         Point("L = 2", {"search.chunk_length": 2}),
-        Point("one hidden layer, L = 3", {"search.chunk_length": 3, "value.head.hidden": (4,)}),
+        # Another U: best-of-U has another name, and the picture needs the same methods everywhere.
+        Point(
+            "one hidden layer, L = 3, U = 6",
+            {
+                "search.chunk_length": 3,
+                "value.head.hidden": (4,),
+                "search.num_successors": 3,
+            },
+        ),
     ]
     folder = tmp_path / "sweep"
     text = sweep(config, points, folder, title="Chunk length", progress=False)
