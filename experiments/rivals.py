@@ -170,6 +170,15 @@ def _cards(arena: Arena) -> tuple[Guidance, Method]:
     return arena.reward(), method
 
 
+def _q_sharp(arena: Arena) -> tuple[Guidance, Method]:
+    guide = arena.distribution()
+    head = guide.functions[0].network.head
+    assert head is not None
+    low, high = head.support if head.output == "categorical" else (0.0, 1.0)
+    # The paper's eta is for rewards between 0 and 1.
+    return guide, methods.q_sharp(eta=10.0 / (high - low), k=arena.num_candidates)
+
+
 def _weak_to_strong(arena: Arena) -> tuple[Guidance, Method]:
     chosen = arena.config.search
     sizes = (chosen.beam_width, chosen.num_successors, chosen.chunk_length)
@@ -195,7 +204,7 @@ BUILDERS: dict[str, Callable[[Arena], tuple[Guidance, Method]]] = {
         arena.log_ratio(),
         methods.implicit_best_of_n(arena.num_candidates),
     ),
-    "q_sharp": lambda arena: (arena.distribution(), methods.q_sharp(k=arena.num_candidates)),
+    "q_sharp": _q_sharp,
     "value_augmented": lambda arena: (
         arena.first_value(),
         methods.value_augmented(k=arena.num_candidates),
