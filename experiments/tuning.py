@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app
 from ml_collections import ConfigDict
@@ -247,13 +249,10 @@ def _scores(bench: Bench, rollouts: Sequence[Rollout]) -> np.ndarray:
     """By a reward model from pairs, which is a stage of the run."""
     name, folder, config = "reward_model", bench.workdir / "reward_model", bench.config
     if not bench.workdir.done(name):
-        untrained = new_head(
-            bench.policy,
-            Head(),
-            layer=config.value.layer,
-            seed=config.seed,
-            source=config.policy.name,
-        )
+        untrained = new_head(bench.policy, Head(), source=config.policy.name)
+        # From zero, so that the first reward of every text is the same.
+        zero = jax.tree.map(jnp.zeros_like, untrained.params.head)
+        untrained = untrained.with_params(dataclasses.replace(untrained.params, head=zero))
         pairs = bench.pairs()
         with bench.ledger.measure(name, "fit", "training"):
             tuned = baselines.tune_reward(
