@@ -42,7 +42,7 @@ def tuning_fields() -> ConfigDict:
             "held_out": 0.125,
             # Samples of every policy for an evaluation prompt.
             "answers": 4,
-            "reward_model": {"fit": _fit(1e-4, batch_size=8, num_epochs=1)},
+            "reward_model": {"fit": _fit(6e-4, batch_size=8, num_epochs=1)},
             "dpo": {"beta": 0.1, **_adapters(1e-3, batch_size=8)},
             "grpo": {
                 "clip": 0.2,
