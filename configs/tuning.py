@@ -1,7 +1,9 @@
 """What methods that may touch weights reach on the task of `configs/smollm2.py`.
 
-A reward model and DPO from pairs of the policy's own answers, GRPO and iREPO from the answers that
-they sample on the way; LoRA on SmolLM2, a few minutes each on two cores.
+A reward model (all weights) and DPO (LoRA) from pairs of the policy's own answers; GRPO and iREPO
+(LoRA) from the answers that they sample on the way. On two cores the first two take three to five
+minutes, GRPO and iREPO longer. What each gained, and that iREPO is not shown to help with these
+settings: experiments/RESULTS.md.
 
     python -m experiments.tuning --config=configs/tuning.py --workdir=runs/tuning
 """

@@ -281,6 +281,7 @@ class Collector:
     def _guiding(
         self, guidance: Guidance, method: Method, chunk_length: int, chat: bool
     ) -> dict[str, Any]:
+        """The same, without what only looks on."""
         if method.guide == "nothing":
             return {}
         if method.guide == "log_ratio":
