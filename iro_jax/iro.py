@@ -333,7 +333,7 @@ class IRO:
             "train": len(train),
             "held_out": len(held_out),
             "best_epoch": fitted.best_epoch,
-            "curve": [dataclasses.asdict(line) for line in fitted.curve],
+            "curve": [line.to_json() for line in fitted.curve],
         }
 
     def _bill(self, cost: Cost, fitted: FittedFunction, *, new_states: bool) -> None:
@@ -369,8 +369,10 @@ class IRO:
         return self.fitter.states is not None and self.fitter.states.serves(function)
 
     def _draw(self, stage: str, line: Epoch) -> None:
-        losses = {"train_loss": line.train_loss, "held_out_loss": line.held_out_loss}
-        self.metrics.write(stage, line.epoch, losses)
+        numbers = {"train_loss": line.train_loss, "held_out_loss": line.held_out_loss}
+        if line.throughput is not None:
+            numbers |= line.throughput.numbers()
+        self.metrics.write(stage, line.epoch, numbers)
 
     def _export(
         self, function: ValueFunction, stage: str, folder: Path, facts: dict[str, Any]

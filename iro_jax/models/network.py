@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from iro_jax.models import rope as rope_lib
+from iro_jax.models.attention import SLOT_BLOCK, Part
 from iro_jax.models.cache import EMPTY, Cache, CachePart, pack, visible
 from iro_jax.models.config import TransformerConfig
 from iro_jax.models.lora import Adapters
@@ -101,6 +102,7 @@ class Network:
         *,
         want: tuple[Want, ...] | None = None,
         adapters: Adapters | None = None,
+        segments: Int[Array, "batch length"] | None = None,
         remat: bool = False,
     ) -> Outputs:
         """Reads whole sequences.
@@ -111,6 +113,9 @@ class Network:
           want: the outputs: `logits`, `hidden`, `score`, or numbers of layers; by default
             what the configuration's head gives.
           adapters: low-rank changes of the weights; see `iro_jax.models.lora`.
+          segments: to which sequence of its row each token belongs, where a row holds several:
+            a number of its own for each, side by side. Sequences do not see each other, and the
+            positions of each begin at zero.
           remat: whether a gradient computes the layers again instead of remembering what is
             inside them.
 
@@ -119,8 +124,13 @@ class Network:
         """
         _check_tokens(tokens, mask, rank=2)
         positions = _positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
+        if segments is not None:
+            chex.assert_equal_shape([tokens, segments])
+            positions = _positions_in_segments(mask, segments)
         module = self._module(params)
-        stream, _ = _apply(module, tokens, positions, (), None, adapters, remat=remat)
+        stream, _ = _apply(
+            module, tokens, positions, (), None, adapters, segments=segments, remat=remat
+        )
         return self._outputs(module, stream, want)
 
     def prefill(
@@ -253,6 +263,14 @@ def _positions(mask: Bool[Array, "*lead N"], start: Int[Array, "*lead"]) -> Int[
     return jnp.where(mask, start[..., None] + offsets, EMPTY)
 
 
+def _positions_in_segments(
+    mask: Bool[Array, "batch length"], segments: Int[Array, "batch length"]
+) -> Int[Array, "batch length"]:
+    before = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jnp.where(mask, before - lax.cummax(jnp.where(first, before, 0), axis=1), EMPTY)
+
+
 def _apply(
     module: Transformer,
     tokens: Int[Array, "*lead N"],
@@ -261,6 +279,7 @@ def _apply(
     own: CachePart | None,
     adapters: Adapters | None = None,
     before: Int[Array, "*lead"] | None = None,
+    segments: Int[Array, "*lead N"] | None = None,
     remat: bool = False,
 ) -> tuple[list[Float[Array, "*lead N D"]], CachePart]:
     """Runs new tokens through the layers.
@@ -271,6 +290,7 @@ def _apply(
         makes a new part that holds just these tokens.
       adapters: low-rank changes of the weights.
       before: the positions in `context` that are visible; all by default.
+      segments: new tokens see their like alone, without a context.
       remat: layers are computed again for the gradient; the own part stays empty then.
 
     Returns:
@@ -296,6 +316,15 @@ def _apply(
         + [visible(positions, own_positions, window)]
         for window in windows
     }
+    if segments is not None:
+        together = segments[..., :, None] == segments[..., None, :]
+        masks = {window: [seen & together for seen in parts] for window, parts in masks.items()}
+
+    # A short prompt fills its slots at once.
+    used_slots = [
+        None if part.lengths.ndim == 1 and part.slots <= SLOT_BLOCK else jnp.max(part.cursor)
+        for part in context
+    ]
 
     new_keys: list[Array] = []
     new_values: list[Array] = []
@@ -313,11 +342,12 @@ def _apply(
             new_keys.append(write(own.keys[index], keys))
             new_values.append(write(own.values[index], values))
             keys, values = own.unpack(new_keys[-1]), own.unpack(new_values[-1])
+        *seen, seen_own = masks[window]
         stored = [
-            (part.unpack(part.keys[index]), part.unpack(part.values[index])) for part in context
+            Part(part.unpack(part.keys[index]), part.unpack(part.values[index]), mask, used)
+            for part, mask, used in zip(context, seen, used_slots, strict=True)
         ]
-        pairs = zip([*stored, (keys, values)], masks[window], strict=True)
-        return [(k, v, seen) for (k, v), seen in pairs]
+        return [*stored, Part(keys, values, seen_own)]
 
     stream = [module.embed(tokens)]
     for index, block in enumerate(module.layers):

@@ -16,6 +16,7 @@ from iro_jax.values.next_states import NextStates
 from iro_jax.values.prefixes import StateCache, prefix_values
 from iro_jax.values.reading import StateReader
 from iro_jax.values.rewards import FunctionReward
+from iro_jax.values.stacked import StackedMemory, StackedNetworks, stack_networks
 from iro_jax.values.store import from_pretrained, save_value
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "Head",
     "HeadParams",
     "NextStates",
+    "StackedMemory",
+    "StackedNetworks",
     "StateCache",
     "StateReader",
     "ValueFitter",
@@ -44,6 +47,7 @@ __all__ = [
     "save_value",
     "select",
     "stack",
+    "stack_networks",
     "standalone",
     "with_adapters",
 ]

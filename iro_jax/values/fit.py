@@ -4,14 +4,17 @@
 parameters and a batch, with AdamW, a cosine schedule with warm-up, gradient accumulation and
 clipping; measures it on held-out examples after every epoch and keeps the best parameters;
 stops early; and checkpoints with Orbax, so that a killed fit goes on where it was, with the
-batches that it would have seen. The objectives are in `iro_jax.values.objectives`.
+batches that it would have seen. The objectives are in `iro_jax.values.objectives`; how batches can
+be laid out for them is in `iro_jax.values.packing`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -25,10 +28,13 @@ from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
 from iro_jax.data import batches
+from iro_jax.evaluation.throughput import Throughput, Work, peak
 
 PyTree: TypeAlias = Any
 Batch: TypeAlias = Mapping[str, Array]
 Example: TypeAlias = dict[str, np.ndarray]
+Stacked: TypeAlias = dict[str, np.ndarray]
+"""A batch as it comes: examples along a new first axis."""
 
 
 class Objective(Protocol):
@@ -107,12 +113,21 @@ class Epoch:
     """One line of a fit's curve: losses are means over rollouts.
 
     Epoch 0 is before the first update; both of its losses are the held-out one.
+
+    Attributes:
+      throughput: of the updates, but for those that may have compiled; None where nothing was
+        measured. It is not stored.
     """
 
     epoch: int
     updates: int
     train_loss: float
     held_out_loss: float
+    throughput: Throughput | None = dataclasses.field(default=None, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is the same whenever a fit is repeated."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.compare}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +158,8 @@ def fit(
     progress: bool = False,
     desc: str = "Fitting",
     on_epoch: Callable[[Epoch], None] | None = None,
+    arrange: Callable[[Stacked], Stacked] | None = None,
+    count: Callable[[Stacked], Work] | None = None,
 ) -> Fitted:
     """Minimises an objective.
 
@@ -154,6 +171,8 @@ def fit(
         that has ended is only read.
       progress: whether to show a bar.
       on_epoch: is told every line of the curve, also those of before a restart.
+      arrange: lays every batch out for the objective, in one shape; a function of the batch alone.
+      count: what an update with such a batch computes; the bar and the curve then say how fast.
 
     Raises:
       FitError: a loss or gradient is not finite, or a checkpoint cannot be written, as on a full
@@ -164,22 +183,25 @@ def fit(
         raise ValueError(
             f"A fit needs training and held-out examples. Got: {len(train)} and {len(held_out)}"
         )
-    per_epoch = max(len(train) // settings.batch_size, 1)
+    per_epoch = _updates_per_epoch(train, settings)
     optimizer = settings.optimizer(per_epoch * settings.num_epochs)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     state = {"params": params, "optimizer": optimizer.init(params), "best": params}
-    update = _update(objective, optimizer, settings.micro_batches)
-    evaluate = jax.jit(objective)
+    update = update_fn(objective, optimizer, settings.micro_batches)
+    evaluate = _evaluation(objective, settings.micro_batches)
+
+    def laid_out(batch: Stacked) -> Stacked:
+        return batch if arrange is None else arrange(batch)
 
     def held_out_loss(params: PyTree, updates: int) -> float:
         loss = _held_out_loss(
-            lambda batch: evaluate(params, frozen, batch), held_out, settings.batch_size
+            lambda batch: evaluate(params, frozen, laid_out(batch)), held_out, settings.batch_size
         )
         if not math.isfinite(loss):
             raise _diverged(updates, folder, f"held-out loss={loss}")
         return loss
 
-    stream = batches(train, batch_size=settings.batch_size, num_epochs=None, seed=settings.seed)
+    stream = _training_batches(train, settings)
     with _checkpoints(folder) as manager:
         curve, stream_state, state = _restore(manager, state)
         if curve:
@@ -196,13 +218,21 @@ def fit(
             desc=desc,
             disable=not progress,
         )
+        compiled = False
         while not _ended(curve, settings):
             losses: list[float] = []
+            work, seconds = Work(), 0.0
             for _ in range(per_epoch):
+                begin = time.perf_counter()
+                batch = laid_out(next(stream))
                 state["params"], state["optimizer"], loss, norm = update(
-                    state["params"], state["optimizer"], frozen, next(stream)
+                    state["params"], state["optimizer"], frozen, batch
                 )
                 losses.append(_finite(loss, norm, curve[-1].updates + len(losses) + 1, folder))
+                if compiled and count is not None:
+                    work += count(batch)
+                    seconds += time.perf_counter() - begin
+                compiled = True
                 bar.update()
             updates = curve[-1].updates + per_epoch
             line = Epoch(
@@ -210,42 +240,85 @@ def fit(
                 updates=updates,
                 train_loss=float(np.mean(losses)),
                 held_out_loss=held_out_loss(state["params"], updates),
+                throughput=Throughput(work, seconds, peak()) if work.slots else None,
             )
             if line.held_out_loss < min(e.held_out_loss for e in curve):
                 state["best"] = jax.tree.map(jnp.copy, state["params"])
             curve.append(line)
-            bar.set_postfix(loss=line.train_loss, held_out=line.held_out_loss)
+            bar.set_postfix_str(_described(line))
             _save(manager, curve, stream.get_state(), state)
             _tell(on_epoch, line)
         bar.close()
+    if progress and curve[-1].throughput is not None:
+        tqdm.write(f"{desc}: {curve[-1].throughput}; peak: {curve[-1].throughput.peak}")
     if settings.patience is None:
         return Fitted(state["params"], tuple(curve), curve[-1].epoch)
     return Fitted(state["best"], tuple(curve), _best(curve).epoch)
 
 
-def _update(objective: Objective, optimizer: optax.GradientTransformation, parts: int):
+def planned_batches(
+    train: Sequence[Example], held_out: Sequence[Example], settings: FitSettings
+) -> Iterator[Stacked]:
+    """All batches of a fit: those to train on if no epoch is left out, and the held-out ones."""
+    updates = _updates_per_epoch(train, settings) * settings.num_epochs
+    yield from itertools.islice(_training_batches(train, settings), updates)
+    yield from _in_order(held_out, settings.batch_size)
+
+
+def _updates_per_epoch(train: Sequence[Example], settings: FitSettings) -> int:
+    return max(len(train) // settings.batch_size, 1)
+
+
+def _training_batches(train: Sequence[Example], settings: FitSettings):
+    return batches(train, batch_size=settings.batch_size, num_epochs=None, seed=settings.seed)
+
+
+def update_fn(objective: Objective, optimizer: optax.GradientTransformation, parts: int):
     """A compiled update that takes its batch in `parts`, weighted by what they hold."""
 
     @jax.jit
     def update(params, state, frozen, batch):
-        split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
-        total = jnp.sum(batch["weight"])
-
-        def add(sums, part):
-            share = jnp.sum(part["weight"]) / total
-            loss, gradient = jax.value_and_grad(objective)(params, frozen, part)
-            return jax.tree.map(lambda s, x: s + share * x, sums, (loss, gradient)), None
+        def of_part(part):
+            return jax.value_and_grad(objective)(params, frozen, part)
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        (loss, gradient), _ = jax.lax.scan(add, zero, split)
+        loss, gradient = _mean_over_parts(of_part, zero, batch, parts)
         changes, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, changes), state, loss, optax.global_norm(gradient)
 
     return update
 
 
+def _evaluation(objective: Objective, parts: int):
+    @jax.jit
+    def evaluate(params, frozen, batch):
+        def of_part(part):
+            return objective(params, frozen, part)
+
+        return _mean_over_parts(of_part, jnp.float32(0), batch, parts)
+
+    return evaluate
+
+
+def _mean_over_parts(
+    function: Callable[[Batch], PyTree], zero: PyTree, batch: Batch, parts: int
+) -> PyTree:
+    """What a function gives for each of a batch's parts, one after the other, by their weights."""
+    split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+    total = jnp.sum(batch["weight"])
+
+    def add(sums, part):
+        share = jnp.sum(part["weight"]) / total
+        # The mean of filler alone may be anything.
+        return jax.tree.map(
+            lambda s, x: s + jnp.where(share == 0, 0, share * x), sums, function(part)
+        ), None
+
+    return jax.lax.scan(add, zero, split)[0]
+
+
 def _held_out_loss(
-    evaluate: Callable[[Example], Array], examples: Sequence[Example], size: int
+    evaluate: Callable[[Stacked], Array], examples: Sequence[Example], size: int
 ) -> float:
     total = weight = 0.0
     for batch in _in_order(examples, size):
@@ -255,7 +328,7 @@ def _held_out_loss(
     return total / weight
 
 
-def _in_order(examples: Sequence[Example], size: int) -> Iterator[dict[str, np.ndarray]]:
+def _in_order(examples: Sequence[Example], size: int) -> Iterator[Stacked]:
     """Batches of one size; what fills the last one up weighs nothing."""
     for start in range(0, len(examples), size):
         chosen = list(examples[start : start + size])
@@ -290,6 +363,11 @@ def _ended(curve: Sequence[Epoch], settings: FitSettings) -> bool:
     )
 
 
+def _described(line: Epoch) -> str:
+    losses = f"loss={line.train_loss:.4g}, held_out={line.held_out_loss:.4g}"
+    return losses if line.throughput is None else f"{losses}, {line.throughput}"
+
+
 def _tell(on_epoch: Callable[[Epoch], None] | None, line: Epoch) -> None:
     if on_epoch is not None:
         on_epoch(line)
@@ -309,7 +387,7 @@ def _checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
 def _save(
     manager: ocp.CheckpointManager, curve: Sequence[Epoch], stream_state: Any, state: PyTree
 ) -> None:
-    progress = {"curve": [dataclasses.asdict(line) for line in curve], "stream": stream_state}
+    progress = {"curve": [line.to_json() for line in curve], "stream": stream_state}
     with _writing(manager):
         manager.save(
             curve[-1].epoch,

@@ -7,6 +7,7 @@ everything else is fitted to tokens. `ValueFitter` does either, from what it is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias, get_args
@@ -34,6 +35,7 @@ from iro_jax.values.objectives import (
     state_examples,
     token_examples,
 )
+from iro_jax.values.packing import packing_for
 from iro_jax.values.prefixes import StateCache, group_by_prompt, head_values, prefix_values
 
 _Part: TypeAlias = tuple[Sequence[Rollout], Sequence[float], Sequence[np.ndarray] | None]
@@ -266,6 +268,7 @@ class ValueFitter:
             train, held_out = _standardised(train, scale), _standardised(held_out, scale)
             mean, std = scale
             function = _with_folded_inputs(function, -mean / std, 1 / std)
+        config = function.network.network.config
         found = fit(
             objective,
             objective.initial(function.params),
@@ -277,6 +280,8 @@ class ValueFitter:
             progress=self.progress,
             desc=desc,
             on_epoch=on_epoch,
+            arrange=packing_for(config, train, held_out, settings),
+            count=functools.partial(objective.work, function.params),
         )
         function = function.with_params(objective.combine(function.params, found.params))
         if scale is not None:

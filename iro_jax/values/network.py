@@ -5,7 +5,8 @@
     ValueNetwork(network, head, num_values=T,  T LoRA adapters on one backbone, with a head
                  adapters=True)                each: one batched pass that reads it once
 
-Heads on the policy's own hidden states need no network; see `iro_jax.guidance.PolicyHeads`.
+Separate networks of one architecture can be read as one: `iro_jax.values.stacked`. Heads on the
+policy's own hidden states need no network; see `iro_jax.guidance.PolicyHeads`.
 Letters: P prompts, K beams, B successors, N new tokens, T value functions, D width.
 """
 
@@ -51,6 +52,12 @@ class ValueMemory:
         copies = self.cache.prompt.lengths.shape[0] // parents.shape[0]
         cache = self.cache.commit(jnp.tile(parents, (copies, 1)), self.kept)
         return ValueMemory(cache)
+
+    def admit(self, rows: Int[Array, " A"], newcomers: ValueMemory) -> ValueMemory:
+        copies = newcomers.cache.prompt.lengths.shape[0] // rows.shape[0]
+        prompts = self.cache.prompt.lengths.shape[0] // copies
+        of_copies = jnp.arange(copies)[:, None] * prompts + rows
+        return ValueMemory(self.cache.admit(of_copies.reshape(-1), newcomers.cache))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +111,14 @@ class ValueNetwork:
         tokens: Int[Array, "batch length"],
         mask: Bool[Array, "batch length"],
         *,
+        segments: Int[Array, "batch length"] | None = None,
         raw: bool = False,
         remat: bool = False,
     ) -> Float[Array, "batch length T *atoms"]:
         """The values of every prefix of whole sequences; arbitrary at padding.
 
         Args:
+          segments: of rows that hold several sequences; as in `Network.forward`.
           raw: what the head has before its output function, for losses; see `Head.logits`.
           remat: as in `Network.forward`.
         """
@@ -119,6 +128,7 @@ class ValueNetwork:
             self._tile(mask),
             want=self._want,
             adapters=params.adapters,
+            segments=None if segments is None else self._tile(segments),
             remat=remat,
         )
         return self._values(params, outputs, raw=raw)

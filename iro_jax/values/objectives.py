@@ -10,6 +10,11 @@ A batch holds, for n rollouts of at most so many prefixes, either `states` `[n, 
 compression the `targets` `[n, length]`; for CD-Q the `next_states` `[n, length, k, D]` behind the
 policy's k most probable next tokens and their `next_probabilities` `[n, length, k]`; and the
 `weight` `[n]` of each rollout.
+
+In a batch packed by `iro_jax.values.packing`, what networks read is without most of its padding:
+`tokens`, `states` and `next_states` are rows of several rollouts each, `[rows, slots, ...]`, and
+`first` `[n]` says where each one begins. Predictions are taken apart before the loss, which never
+sees that they were together.
 """
 
 from __future__ import annotations
@@ -23,9 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from iro_jax.evaluation.flops import forward_flops
+from iro_jax.evaluation.throughput import Work
 from iro_jax.models import Params
 from iro_jax.values import losses
-from iro_jax.values.fit import Batch, PyTree
+from iro_jax.values.fit import Batch, PyTree, Stacked
 from iro_jax.values.network import ValueNetwork, ValueParams
 from iro_jax.values.next_states import NextTokens
 from iro_jax.values.targets import gae_targets, td_lambda_targets
@@ -124,26 +131,58 @@ class ValueObjective:
         targets = make_targets(values, reward, prefixes, self.gamma, self.lam)
         return losses.td_loss(values, targets, prefixes, weights=weight)
 
+    def work(self, params: ValueParams, batch: Stacked) -> Work:
+        """What the loss of a batch and its gradient take, in the products that `flops` counts.
+
+        A gradient takes the products of a forward pass once more for what goes into them and once
+        more for the weights, where these are trained.
+        """
+        places = np.asarray(batch["mask" if "mask" in batch else "prefixes"])
+        lengths = np.asarray(batch.get("lengths", places.sum(axis=1)))
+        tokens = int(lengths.sum())
+        config, layers = self.network.network.config, self.network.layer
+        layers = config.num_layers if layers is None else layers
+        added = (params.head, params.adapters and params.adapters[:layers])
+        flops = 3.0 * 2 * tokens * sum(x.size for x in jax.tree.leaves(added))
+        if "states" not in batch:
+            passes = {"head": 1, "adapters": 2, "all": 3}[self.trainable]
+            flops += passes * forward_flops(config, lengths, layers=layers)
+        return Work(tokens, places.size, flops)
+
     def _predict(self, trainable: PyTree, frozen: Params | None, batch: Batch) -> Array:
         """Values, or the logits behind them, at every place of the batch."""
         if "states" in batch:
             assert self.network.head is not None
-            return self.network.head.logits(trainable["head"], batch["states"])[:, :, 0]
+            raw = self.network.head.logits(trainable["head"], batch["states"])
+            return _of_rollouts(raw[:, :, 0], batch)
         params = ValueParams(**({"backbone": frozen} | trainable))
         raw = self.network.forward(
-            params, batch["tokens"], batch["mask"], raw=True, remat=self.remat
+            params,
+            batch["tokens"],
+            batch["mask"],
+            segments=batch.get("segments"),
+            raw=True,
+            remat=self.remat,
         )
-        return raw[:, :, 0]
+        return _of_rollouts(raw[:, :, 0], batch)
 
     def _expected_next(self, trainable: PyTree, batch: Batch) -> Float[Array, "n length"]:
         """sum_z pi(z | s_h) V([s_h, z]), over the next tokens that were read."""
         assert self.network.head is not None
         values = self.network.head(trainable["head"], batch["next_states"])[..., 0]
-        return jnp.sum(batch["next_probabilities"] * values, axis=-1)
+        return _of_rollouts(jnp.sum(batch["next_probabilities"] * values, axis=-1), batch)
 
     def _values(self, raw: Array) -> Float[Array, "n length"]:
         head = self.network.head
         return raw if head is None else head.values(raw)
+
+
+def _of_rollouts(x: Float[Array, "rows slots *atoms"], batch: Batch) -> Array:
+    """What a network gave for a batch, `[n, length, *atoms]`; arbitrary at padding."""
+    if "first" not in batch:
+        return x
+    places = batch["first"][:, None] + jnp.arange(batch["prefixes"].shape[1])
+    return jnp.take(x.reshape(-1, *x.shape[2:]), places, axis=0, mode="clip")
 
 
 def state_examples(

@@ -255,7 +255,7 @@ def run_search():
 
     def expand_fn(params, keys, frontier):
         shape = frontier.open.shape
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, frontier.step)
+        keys = jax.vmap(jax.random.fold_in)(keys, frontier.step)
         draws = jax.vmap(lambda key: jax.random.randint(key, shape[1:], 1, L + 1))(keys)
         full = jnp.minimum(L, frontier.room[..., None])
         lengths = jnp.where(params, jnp.minimum(draws, full), full)

@@ -107,6 +107,12 @@ class TestMinimiser:
         np.testing.assert_allclose(found.params["kernel"], exact[:-1], atol=1e-3)
         np.testing.assert_allclose(found.params["bias"], exact[-1], atol=1e-3)
 
+    def test_parts_that_hold_filler_alone_do_not_count(self, tmp_path):
+        in_parts = FitSettings(batch_size=8, micro_batches=4, num_epochs=1)
+        found = run(tmp_path, held_out=HELD_OUT[:3], settings=in_parts)
+        for line, params in ((found.curve[0], START), (found.curve[1], found.params)):
+            assert line.held_out_loss == pytest.approx(loss_of(params, HELD_OUT[:3]), rel=1e-5)
+
     def test_a_batch_in_parts_is_the_same_batch(self, tmp_path):
         weights = np.random.default_rng(0).uniform(0, 3, 20)
         train = linear(20, seed=0, weights=weights)
