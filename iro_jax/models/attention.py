@@ -14,19 +14,25 @@ A part with no visible key has weight zero, and a query that sees nothing gets z
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that an empty part yields exp(0) * 0 rather than exp(-inf + inf).
 _HIDDEN = -1e30
 
 # Longer query blocks are processed in slices of this length to bound the score matrix.
 _QUERY_BLOCK = 512
+
+# Where only some slots are used, they are attended to in blocks of this length: the scores of one
+# stay in a core's cache.
+SLOT_BLOCK = 64
 
 
 @jax.tree_util.register_dataclass
@@ -47,80 +53,151 @@ class Partial:
     maximum: Float[Array, "*batch length kv_heads group"]
 
 
+class Part(NamedTuple):
+    """One place where keys lie.
+
+    Attributes:
+      keys, values: `[*part, kv_heads, slots, head_dim]`; the leading axes are a prefix of the
+        queries'.
+      visible: which slots each query attends to, `[*batch, length, slots]`.
+      used: how many slots, from the left, may be visible to anybody; the others cost nothing.
+        None for all, which then take a gradient.
+    """
+
+    keys: Array
+    values: Array
+    visible: Array
+    used: Int[Array, ""] | None = None
+
+
 def partial_attention(
     queries: Float[Array, "*batch length kv_heads group head_dim"],
-    keys: Float[Array, "*part kv_heads slots head_dim"],
-    values: Float[Array, "*part kv_heads slots head_dim"],
-    visible: Bool[Array, "*batch length slots"],
+    part: Part,
     softcap: float | None = None,
 ) -> Partial:
-    """Attends from scaled queries to one part, whose leading axes are a prefix of theirs."""
+    """Attends from scaled queries to one part."""
     *batch, length, kv_heads, group, head_dim = queries.shape
-    part = keys.shape[:-3]
-    slots = keys.shape[-2]
-    rows = math.prod(batch[len(part) :]) * length
+    lead = part.keys.shape[:-3]
+    slots = part.keys.shape[-2]
+    rows = math.prod(batch[len(lead) :]) * length
 
     # [*part, kv_heads, rows * group, head_dim]: one matrix product per shared cache.
-    q = queries.reshape(*part, rows, kv_heads, group, head_dim)
-    q = jnp.moveaxis(q, -4, -3).reshape(*part, kv_heads, rows * group, head_dim)
+    q = queries.reshape(*lead, rows, kv_heads, group, head_dim)
+    q = jnp.moveaxis(q, -4, -3).reshape(*lead, kv_heads, rows * group, head_dim)
+    seen = part.visible.reshape(*lead, 1, rows, 1, slots)
+    whole = functools.partial(_attend_rows, q, part.keys, part.values, seen, softcap)
+    if part.used is None:
+        found = whole()
+    else:
+        by_block = functools.partial(
+            _attend_used, q, part.keys, part.values, seen, softcap, part.used
+        )
+        # A GPU asks the host whether a loop goes on, which costs more than it saves.
+        found = lax.platform_dependent(default=by_block, cuda=whole, rocm=whole)
+
+    def to_query_order(x: Array) -> Array:
+        trailing = x.shape[len(lead) + 3 :]
+        x = jnp.moveaxis(x, len(lead), len(lead) + 1)
+        return x.reshape(*batch, length, kv_heads, group, *trailing)
+
+    return jax.tree.map(to_query_order, found)
+
+
+def _attend_rows(
+    q: Float[Array, "*part kv_heads row_groups head_dim"],
+    keys: Float[Array, "*part kv_heads slots head_dim"],
+    values: Float[Array, "*part kv_heads slots head_dim"],
+    seen: Bool[Array, "*part 1 rows 1 slots"],
+    softcap: float | None,
+) -> Partial:
+    """The partial result in the order `[*part, kv_heads, rows, group, ...]`."""
+    rows, slots = seen.shape[-3], seen.shape[-1]
+    by_row = (*q.shape[:-2], rows, q.shape[-2] // rows)
     scores = jnp.einsum("...qd,...sd->...qs", q, keys, preferred_element_type=jnp.float32)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-
-    seen = visible.reshape(*part, 1, rows, 1, slots)
-    scores = scores.reshape(*part, kv_heads, rows, group, slots)
-    scores = jnp.where(seen, scores, _HIDDEN)
+    scores = jnp.where(seen, scores.reshape(*by_row, slots), _HIDDEN)
     maximum = jnp.max(scores, axis=-1)
     weights = jnp.where(seen, jnp.exp(scores - maximum[..., None]), 0.0)
-    denominator = jnp.sum(weights, axis=-1)
     numerator = jnp.einsum(
         "...qs,...sd->...qd",
-        weights.reshape(*part, kv_heads, rows * group, slots).astype(values.dtype),
+        weights.reshape(*q.shape[:-1], slots).astype(values.dtype),
         values,
         preferred_element_type=jnp.float32,
     )
-
-    def to_query_order(x, *trailing):
-        x = x.reshape(*part, kv_heads, rows, group, *trailing)
-        x = jnp.moveaxis(x, len(part), len(part) + 1)
-        return x.reshape(*batch, length, kv_heads, group, *trailing)
-
     return Partial(
-        numerator=to_query_order(numerator, head_dim),
-        denominator=to_query_order(denominator),
-        maximum=to_query_order(maximum),
+        numerator=numerator.reshape(*by_row, q.shape[-1]),
+        denominator=jnp.sum(weights, axis=-1),
+        maximum=maximum,
+    )
+
+
+def _attend_used(
+    q: Float[Array, "*part kv_heads row_groups head_dim"],
+    keys: Float[Array, "*part kv_heads slots head_dim"],
+    values: Float[Array, "*part kv_heads slots head_dim"],
+    seen: Bool[Array, "*part 1 rows 1 slots"],
+    softcap: float | None,
+    used: Int[Array, ""],
+) -> Partial:
+    """As `_attend_rows`, block by block as far as slots are used."""
+    rows, slots = seen.shape[-3], seen.shape[-1]
+    size = min(slots, SLOT_BLOCK)
+
+    def attend_next(index: Array, so_far: Partial) -> Partial:
+        # The last block may begin early; what the one before it has seen stays hidden.
+        start = jnp.minimum(index * size, slots - size)
+        fresh = start + jnp.arange(size) >= index * size
+
+        def block(x: Array, axis: int) -> Array:
+            return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+        return _join(
+            so_far,
+            _attend_rows(q, block(keys, -2), block(values, -2), block(seen, -1) & fresh, softcap),
+        )
+
+    by_row = (*q.shape[:-2], rows, q.shape[-2] // rows)
+    nothing = Partial(
+        numerator=jnp.zeros((*by_row, q.shape[-1]), jnp.float32),
+        denominator=jnp.zeros(by_row, jnp.float32),
+        maximum=jnp.full(by_row, _HIDDEN, jnp.float32),
+    )
+    return lax.fori_loop(0, -(-used // size), attend_next, nothing)
+
+
+def _join(one: Partial, other: Partial) -> Partial:
+    maximum = jnp.maximum(one.maximum, other.maximum)
+    scales = jnp.exp(one.maximum - maximum), jnp.exp(other.maximum - maximum)
+    return Partial(
+        numerator=scales[0][..., None] * one.numerator + scales[1][..., None] * other.numerator,
+        denominator=scales[0] * one.denominator + scales[1] * other.denominator,
+        maximum=maximum,
     )
 
 
 def merge(parts: Sequence[Partial]) -> Float[Array, "*batch length kv_heads group head_dim"]:
     """The attention output of all parts together, f32."""
-    maximum = parts[0].maximum
-    for part in parts[1:]:
-        maximum = jnp.maximum(maximum, part.maximum)
-    scales = [jnp.exp(part.maximum - maximum) for part in parts]
-    numerator = sum(
-        scale[..., None] * part.numerator for scale, part in zip(scales, parts, strict=True)
-    )
-    denominator = sum(scale * part.denominator for scale, part in zip(scales, parts, strict=True))
-    return numerator / jnp.maximum(denominator, 1e-37)[..., None]
+    joined = functools.reduce(_join, parts)
+    return joined.numerator / jnp.maximum(joined.denominator, 1e-37)[..., None]
 
 
 def attend(
     queries: Float[Array, "*batch length kv_heads group head_dim"],
-    parts: Sequence[tuple[Array, Array, Array]],
+    parts: Sequence[Part],
     softcap: float | None = None,
 ) -> Float[Array, "*batch length kv_heads group head_dim"]:
-    """Attends to `parts`, each `(keys, values, visible)` as in `partial_attention`."""
+    """Attends to all parts together."""
 
     def attend_block(queries, masks):
         return merge(
             [
-                partial_attention(queries, keys, values, visible, softcap)
-                for (keys, values, _), visible in zip(parts, masks, strict=True)
+                partial_attention(queries, part._replace(visible=visible), softcap)
+                for part, visible in zip(parts, masks, strict=True)
             ]
         )
 
-    masks = [visible for _, _, visible in parts]
+    masks = [part.visible for part in parts]
     lead = queries.ndim - 4
     length = queries.shape[lead]
     if length <= _QUERY_BLOCK:

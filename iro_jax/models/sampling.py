@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt32
 
+# Neighbours of which `top_k` first compares the largest only.
+_GROUP = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -85,14 +88,16 @@ def draw(
         chex.assert_equal_shape([logits, noise])
     logits = logits.astype(jnp.float32)
     vocabulary = logits.shape[-1]
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
 
-    def finish(tokens: Array, warped_log_probs: Array) -> Draw:
+    def finish(tokens: Array, warped_log_probs: Array, largest: Array) -> Draw:
         drawn = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        normaliser = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
         return Draw(tokens.astype(jnp.int32), drawn - normaliser, warped_log_probs)
 
     if sampling.temperature == 0:
-        return finish(_argmax(logits), jnp.zeros_like(normaliser))
+        tokens = _argmax(logits)
+        largest = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return finish(tokens, jnp.zeros_like(largest), largest)
 
     kept, ids = warp(logits, sampling)
     if noise is None:
@@ -104,7 +109,7 @@ def draw(
     best = _argmax(kept + chosen_noise)[..., None]
     tokens = jnp.take_along_axis(jnp.broadcast_to(ids, kept.shape), best, axis=-1)[..., 0]
     warped = jnp.take_along_axis(kept, best, axis=-1)[..., 0] - jax.nn.logsumexp(kept, axis=-1)
-    return finish(tokens, warped)
+    return finish(tokens, warped, sampling.temperature * jnp.max(kept, axis=-1))
 
 
 def warp(
@@ -124,12 +129,35 @@ def warp(
         if sampling.top_p < 1:
             scaled = _nucleus(scaled, sampling.top_p)
         return scaled, ids
-    kept, ids = lax.top_k(scaled, sampling.top_k)
+    kept, ids = top_k(scaled, sampling.top_k)
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(kept, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         kept = jnp.where(before < sampling.top_p, kept, -jnp.inf)
     return kept, ids
+
+
+def top_k(
+    x: Float[Array, "*batch n"], k: int
+) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
+    """The k largest entries in falling order and their indices, as `lax.top_k`, without a sort.
+
+    Whatever is among the k largest lies in one of the k groups of neighbours with the largest
+    maxima, ties towards the lower index: if some group with an entry x_i is none of these, each of
+    them has an entry that is larger, or equal and before x_i.
+    """
+    size = x.shape[-1]
+    count = -(-size // _GROUP)
+    if count <= 2 * k:
+        return lax.top_k(x, k)
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, count * _GROUP - size)]
+    groups = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(*x.shape[:-1], count, _GROUP)
+    _, chosen = lax.top_k(jnp.max(groups, axis=-1), k)
+    chosen = jnp.sort(chosen, axis=-1)
+    among = jnp.take_along_axis(groups, chosen[..., None], axis=-2)
+    largest, places = lax.top_k(among.reshape(*x.shape[:-1], k * _GROUP), k)
+    group = jnp.take_along_axis(chosen, places // _GROUP, axis=-1)
+    return largest, group * _GROUP + places % _GROUP
 
 
 def gumbel_noise(

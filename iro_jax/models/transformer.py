@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from iro_jax.models import rope as rope_lib
-from iro_jax.models.attention import attend
+from iro_jax.models.attention import Part, attend
 from iro_jax.models.config import Activation, Layer, TransformerConfig
 from iro_jax.models.lora import Adapter, Target
 from iro_jax.models.sharding import spread_batch
@@ -135,7 +135,7 @@ class Attention(nnx.Module):
     def mix(
         self,
         queries: Array,
-        parts: list[tuple[Array, Array, Array]],
+        parts: list[Part],
         adapter: Adapter | None = None,
     ) -> Array:
         attended = attend(queries, parts, self.config.attention_softcap)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from iro_jax.models import attention
-from iro_jax.models.attention import attend, merge, partial_attention
+from iro_jax.models.attention import Part, attend, merge, partial_attention
 from iro_jax.models.cache import EMPTY, take, visible
 
 P, K, B, N, KV, G, D = 2, 3, 2, 4, 2, 3, 5
@@ -20,7 +20,7 @@ def example(rng, hidden=()):
     for name, (lead, slots) in LEADS.items():
         keys, values = rng.normal(size=(2, *lead, KV, slots, D)).astype(np.float32)
         seen = rng.random((P, K, B, N, slots)) < (0.0 if name in hidden else 0.6)
-        parts.append((keys, values, seen))
+        parts.append(Part(keys, values, seen))
     return queries, parts
 
 
@@ -30,7 +30,7 @@ def one_softmax(queries, parts, softcap=None):
     for index in np.ndindex(P, K, B, N, KV, G):
         p, k, b, n, h, _ = index
         keys, values = [], []
-        for (part_keys, part_values, seen), (lead, _) in zip(parts, LEADS.values(), strict=True):
+        for (part_keys, part_values, seen, _), (lead, _) in zip(parts, LEADS.values(), strict=True):
             place = (p, k, b)[: len(lead)]
             keep = seen[p, k, b, n]
             keys.append(part_keys[place][h][keep])
@@ -55,10 +55,10 @@ def test_parts_merge_into_one_softmax(hidden, softcap):
 
 def test_a_hidden_part_changes_nothing_even_when_it_holds_rubbish():
     queries, parts = example(np.random.default_rng(1), hidden=("beams",))
-    keys, values, seen = parts[1]
-    parts[1] = (np.full_like(keys, 1e4), np.full_like(values, 1e4), seen)
+    keys, values, seen, _ = parts[1]
+    parts[1] = Part(np.full_like(keys, 1e4), np.full_like(values, 1e4), seen)
     with_rubbish = attend(jnp.asarray(queries), parts)
-    without = merge([partial_attention(jnp.asarray(queries), *parts[i]) for i in (0, 2)])
+    without = merge([partial_attention(jnp.asarray(queries), parts[i]) for i in (0, 2)])
     np.testing.assert_allclose(with_rubbish, without, atol=1e-6)
 
 
@@ -73,10 +73,27 @@ def test_long_queries_are_read_in_blocks(monkeypatch):
     queries = rng.normal(size=(P, 12, KV, G, D)).astype(np.float32)
     keys, values = rng.normal(size=(2, P, KV, 12, D)).astype(np.float32)
     seen = np.tril(np.ones((12, 12), bool))[None].repeat(P, 0)
-    whole = attend(queries, [(keys, values, seen)])
+    whole = attend(queries, [Part(keys, values, seen)])
     for block in (4, 5, 11):
         monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
-        np.testing.assert_allclose(attend(queries, [(keys, values, seen)]), whole, atol=1e-6)
+        np.testing.assert_allclose(attend(queries, [Part(keys, values, seen)]), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("used", [0, 1, 16, 17, 40, 50])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_blocks_of_slots_that_are_not_used_are_left_out(used, softcap, monkeypatch):
+    monkeypatch.setattr(attention, "SLOT_BLOCK", 16)
+    rng = np.random.default_rng(5)
+    queries, [prompt, *_] = example(rng)
+    keys, values = rng.normal(size=(2, P, K, KV, 50, D)).astype(np.float32)
+    seen = (rng.random((P, K, B, N, 50)) < 0.6) & (np.arange(50) < used)
+    whole = attend(jnp.asarray(queries), [prompt, Part(keys, values, seen)], softcap)
+    # Blocks beyond them are not even looked at: numbers there would make the result NaN.
+    keys[..., -(-used // 16) * 16 :, :] = np.nan
+    some = jax.jit(attend, static_argnums=2)(
+        queries, [prompt, Part(keys, values, seen, used)], softcap
+    )
+    np.testing.assert_allclose(some, whole, atol=1e-6)
 
 
 class Visibility(chex.TestCase):

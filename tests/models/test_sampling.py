@@ -9,6 +9,7 @@ import scipy.stats
 from absl.testing import parameterized
 
 from iro_jax.models import Sampling, draw, draw_keys, gumbel_noise, prompt_keys, warp
+from iro_jax.models.sampling import top_k
 
 DRAWS = 40_000
 LOGITS = np.array([2.0, 1.8, 1.5, 1.5, 0.9, 0.3, 0.0, -0.5, -1.0, -30.0, 1.2], np.float32)
@@ -97,6 +98,19 @@ def test_equal_tokens_are_kept_from_the_lowest_id_on(top_k):
     survivors = np.broadcast_to(ids, kept.shape)[np.isfinite(kept)].reshape(2, -1)
     np.testing.assert_array_equal(survivors, [np.arange(len(survivors[0]))] * 2)
     assert len(survivors[0]) == 16
+
+
+@pytest.mark.parametrize("levels", [2, 40, 10**6])
+@pytest.mark.parametrize(("size", "k"), [(5000, 7), (12_289, 50), (300, 50), (6400, 1)])
+def test_the_largest_are_found_without_a_sort(size, k, levels):
+    rng = np.random.default_rng(size + levels)
+    x = rng.integers(0, levels, (3, 2, size)).astype(np.float32)
+    x[0, 0, 10:] = -np.inf
+    x[1, 1] = -np.inf
+    found, places = jax.jit(top_k, static_argnums=1)(x, k)
+    expected = np.argsort(-x, axis=-1, kind="stable")[..., :k]
+    np.testing.assert_array_equal(places, expected)
+    np.testing.assert_array_equal(found, np.take_along_axis(x, expected, axis=-1))
 
 
 def test_noise_is_that_of_jax_random_and_belongs_to_the_token():
