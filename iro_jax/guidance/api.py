@@ -68,7 +68,7 @@ from iro_jax.search import (
     SelectFn,
     diversity_first,
 )
-from iro_jax.values import ValueNetwork, ValueParams
+from iro_jax.values import StackedNetworks, ValueNetwork, ValueParams
 
 BYTE_TOKENS = (*(bytes([byte]) for byte in range(256)), b"")
 """What each id stands for: the policy's tokens of a `Bridge`."""
@@ -185,7 +185,7 @@ class ApiSampler:
         waiting: Mapping[tuple[int, bytes], Sequence[tuple[int, int, int]]],
     ) -> dict[tuple[int, bytes], Request]:
         """Sends what has not been sent before; returns where the replies are kept."""
-        step, width = int(frontier.step), frontier.open.shape[1]
+        step, width = int(jnp.max(frontier.step)), frontier.open.shape[1]
         limit = min(self.chunk_length, self.max_new_tokens - step * self.chunk_length)
         seeds = np.asarray(_seeds(keys, frontier.step, width))
         requests = {
@@ -418,6 +418,7 @@ def api_value_scorer(
     networks: Sequence[tuple[ValueNetwork, ValueParams]] | None = None,
     chunk_length: int = 16,
     chat: bool = False,
+    stacked: bool | None = None,
 ) -> tuple[BridgedValues, ValueSumParams, PreTrainedTokenizerBase]:
     """A scorer from checkpoints for answers that are bytes.
 
@@ -427,7 +428,7 @@ def api_value_scorer(
       The scorer, its parameters, and the tokenizer it reads prompts with: the arguments of
       `ApiGuide`.
     """
-    values, params, tokenizer = value_sum(models, betas, networks)
+    values, params, tokenizer = value_sum(models, betas, networks, stacked=stacked)
     bridge = Bridge(
         BYTE_TOKENS,
         [END],
@@ -498,7 +499,7 @@ def _check_scorer(scorer: Scorer) -> None:
             )
 
 
-def _value_networks(scorer: Scorer) -> tuple[ValueNetwork, ...]:
+def _value_networks(scorer: Scorer) -> tuple[ValueNetwork | StackedNetworks, ...]:
     return scorer.values.networks if isinstance(scorer, BridgedValues) else ()
 
 

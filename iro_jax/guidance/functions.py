@@ -2,7 +2,7 @@
 
 their backbone is the policy       heads on the policy's own hidden states, no extra pass
 they share another frozen backbone heads stacked on it, read once
-they have backbones of their own   a network each
+they have backbones of their own   a network each; those of one architecture can be stacked
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def function_scorer(
     *,
     chunk_length: int = 16,
     chat: bool = False,
+    stacked: bool | None = None,
 ) -> tuple[Scorer, object, PreTrainedTokenizerBase | None]:
     """A scorer for the sum of V_t / beta_t (equation 8).
 
@@ -54,6 +55,7 @@ def function_scorer(
       betas: beta_t of each of them.
       chunk_length: L of the search.
       chat: whether prompts are conversations.
+      stacked: whether networks of one architecture are read together; see `value_scorer`.
 
     Returns:
       The scorer, its parameters, and the tokenizer it reads prompts with if that is not the
@@ -83,6 +85,7 @@ def function_scorer(
         networks=[_stacked(group) for group in groups],
         chunk_length=chunk_length,
         chat=chat,
+        stacked=stacked,
     )
 
 

@@ -53,7 +53,7 @@ from iro_jax.models.stop import cut, stop_table
 from iro_jax.models.text import check_ids, end_of_turn
 from iro_jax.models.token_bytes import token_bytes
 from iro_jax.search import SearchOutput, SelectFn, check_scores, diversity_first, per_parent, top_k
-from iro_jax.values import ValueNetwork, ValueParams
+from iro_jax.values import ValueNetwork, ValueParams, stack_networks
 
 
 class Guide:
@@ -270,6 +270,7 @@ def value_scorer(
     networks: Sequence[tuple[ValueNetwork, ValueParams]] | None = None,
     chunk_length: int = 16,
     chat: bool = False,
+    stacked: bool | None = None,
 ) -> tuple[Scorer, ValueSumParams, PreTrainedTokenizerBase | None]:
     """A scorer from checkpoints: the sum of V_t / beta_t.
 
@@ -281,6 +282,9 @@ def value_scorer(
       networks: value networks and their parameters, in the order of `models`.
       chunk_length: L of the search, from which a bridge's first guess of its slots comes.
       chat: whether prompts are conversations, whose answers end with the template's token.
+      stacked: whether neighbours of one architecture are read in one batched program, from a
+        copy of their parameters; by default on accelerators, unless they are large. See
+        `iro_jax.values.stack_networks`.
 
     Returns:
       The scorer, its parameters, and the tokenizer it reads prompts with if that is not the
@@ -290,7 +294,7 @@ def value_scorer(
       ValueError: tokenizers are missing or differ between the models, or betas are not
         positive numbers, one for each value function.
     """
-    values, params, own = value_sum(models, betas, networks)
+    values, params, own = value_sum(models, betas, networks, stacked=stacked)
     of_policy = _tokenizer(policy)
     if same_tokenizer(of_policy, own):
         return values, params, None
@@ -319,6 +323,8 @@ def value_sum(
     models: Sequence[Pretrained],
     betas: Sequence[float],
     networks: Sequence[tuple[ValueNetwork, ValueParams]] | None = None,
+    *,
+    stacked: bool | None = None,
 ) -> tuple[ValueSum, ValueSumParams, PreTrainedTokenizerBase]:
     """The sum of V_t / beta_t, its parameters, and the tokenizer of its networks.
 
@@ -326,16 +332,18 @@ def value_sum(
     """
     if networks is None:
         networks = [(ValueNetwork(model.network), ValueParams(model.params)) for model in models]
-    values = ValueSum(tuple(network for network, _ in networks))
-    if len(betas) != values.num_values or not all(0 < beta < float("inf") for beta in betas):
+    count = ValueSum(tuple(network for network, _ in networks)).num_values
+    if len(betas) != count or not all(0 < beta < float("inf") for beta in betas):
         raise ValueError(
-            f"betas must be {values.num_values} positive numbers, one for each value function."
+            f"betas must be {count} positive numbers, one for each value function."
             f" Got: {list(betas)}"
         )
-    params = ValueSumParams(tuple(p for _, p in networks), jnp.asarray(betas, jnp.float32))
     own, *others = [_tokenizer(model) for model in models]
     if any(not same_tokenizer(own, other) for other in others):
         raise ValueError("The value functions of one scorer need one tokenizer. Got: several")
+    passes = stack_networks(networks, stacked)
+    values = ValueSum(tuple(network for network, _ in passes))
+    params = ValueSumParams(tuple(p for _, p in passes), jnp.asarray(betas, jnp.float32))
     return values, params, own
 
 

@@ -12,7 +12,15 @@ from iro_jax.guidance.params import GuidedParams
 from iro_jax.guidance.policy import PolicySampler, Segments, TopTokens
 from iro_jax.guidance.scorers import NoScore, Scorer, Sizes
 from iro_jax.models import Network, Sampling
-from iro_jax.search import HostSearch, Root, SearchOutput, SelectFn, diversity_first, search
+from iro_jax.search import (
+    ContinuousSearch,
+    HostSearch,
+    Root,
+    SearchOutput,
+    SelectFn,
+    diversity_first,
+    search,
+)
 
 _UNGUIDED = NoScore()
 _PLAIN = Sampling()
@@ -161,6 +169,13 @@ class GuidedSearch:
         It takes `params`, keys and `root`. Keep it: it holds the compiled programs.
         """
         return HostSearch(observe_fn=getattr(self.scorer, "observe", None), **self._pieces)
+
+    def continuous(self, batch_size: int) -> ContinuousSearch:
+        """The same search of any number of prompts, so many together; see `ContinuousSearch`.
+
+        Prompts are `(tokens, mask)`, `[N, S]` each. Keep it: it holds the compiled programs.
+        """
+        return ContinuousSearch(root_fn=self.root, batch_size=batch_size, **self._pieces)
 
     @property
     def _pieces(self) -> dict[str, Any]:

@@ -43,6 +43,13 @@ class PolicyMemory:
             stops=inherit(self.stops, parents),
         )
 
+    def admit(self, rows: Int[Array, " A"], newcomers: PolicyMemory) -> PolicyMemory:
+        return PolicyMemory(
+            cache=self.cache.admit(rows, newcomers.cache),
+            hidden=self.hidden.at[rows].set(newcomers.hidden),
+            stops=self.stops.at[rows].set(newcomers.stops),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
@@ -131,8 +138,7 @@ class PolicySampler:
             draw_key = draw_keys(keys, position, shape[1] * shape[2]).reshape(shape)
             noise = None
             if params.noise is not None:
-                noise = lax.dynamic_index_in_dim(params.noise, position, keepdims=False)
-                noise = noise.reshape(*shape, -1)
+                noise = params.noise[position, jnp.arange(shape[0])].reshape(*shape, -1)
             logits = self.network.logits(params.policy, memory.hidden)
             if self.segments is not None:
                 alive = alive & ~((i >= self.segments.min_tokens) & self._in_doubt(logits))

@@ -28,7 +28,15 @@ from iro_jax.models.cache import inherit
 from iro_jax.models.network import Depth
 from iro_jax.search import Candidates, Scores
 from iro_jax.search.tree import take
-from iro_jax.values import Head, HeadParams, ValueMemory, ValueNetwork, ValueParams
+from iro_jax.values import (
+    Head,
+    HeadParams,
+    StackedMemory,
+    StackedNetworks,
+    ValueMemory,
+    ValueNetwork,
+    ValueParams,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +95,11 @@ class ValueSum:
     """The sum of V_t(prefix) / beta_t over the value functions of one or more networks.
 
     Attributes:
-      networks: each read in turn; what one network holds is read in one pass.
+      networks: each read in turn; what one network, or one stack of them, holds is read in one
+        pass.
     """
 
-    networks: tuple[ValueNetwork, ...]
+    networks: tuple[ValueNetwork | StackedNetworks, ...]
     features: tuple[Depth, ...] = dataclasses.field(default=(), init=False)
 
     def __post_init__(self):
@@ -133,9 +142,9 @@ class ValueSum:
         params: GuidedParams,
         tokens: Int[Array, "P K B N"],
         mask: Bool[Array, "P K B N"],
-        memory: tuple[ValueMemory, ...],
+        memory: tuple[ValueMemory | StackedMemory, ...],
         kept: Int[Array, "P K B"] | None = None,
-    ) -> tuple[Scores, tuple[ValueMemory, ...]]:
+    ) -> tuple[Scores, tuple[ValueMemory | StackedMemory, ...]]:
         """Scores chunks of tokens; see `ValueNetwork.extend`."""
         values, memories = [], []
         for (network, of_network), of_memory in zip(self._with_params(params), memory, strict=True):
@@ -221,6 +230,10 @@ class _ModelMemory:
 
     def commit(self, parents: Int[Array, "P K"]) -> _ModelMemory:
         return _ModelMemory(self.cache.commit(parents), inherit(self.hidden, parents))
+
+    def admit(self, rows: Int[Array, " A"], newcomers: _ModelMemory) -> _ModelMemory:
+        hidden = self.hidden.at[rows].set(newcomers.hidden)
+        return _ModelMemory(self.cache.admit(rows, newcomers.cache), hidden)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ Keys and values are stored without their axes of size one (`pack` and `unpack`):
 cannot update an array in place that it also reads through a reshape, and it drops such axes by
 one. Positions alone decide what is visible, so padding may stand anywhere and sliding windows
 need no special case. Slots fill in step: `cursor`, the next free slot, is one number for
-all sequences of a part.
+all sequences of a part, or of a prompt's beams. Another prompt can take the place of one that is
+done (`Cache.admit`).
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ class CachePart:
       values: like `keys`.
       positions: position of each slot's token, or -1, `[*lead, slots]`.
       lengths: number of tokens held, `[*lead]`.
-      cursor: the next free slot, a scalar.
+      cursor: the next free slot, a scalar; of the beams `[P]`.
     """
 
     keys: tuple[Float[Array, "*packed slots head_dim"], ...]
     values: tuple[Float[Array, "*packed slots head_dim"], ...]
     positions: Int[Array, "*lead slots"]
     lengths: Int[Array, "*lead"]
-    cursor: Int[Array, ""]
+    cursor: Int[Array, "*P"]
 
     @classmethod
     def empty(cls, config: TransformerConfig, lead: tuple[int, ...], slots: int) -> CachePart:
@@ -70,7 +71,7 @@ class CachePart:
             values=zeros(),
             positions=jnp.full((*lead, slots), EMPTY, jnp.int32),
             lengths=jnp.zeros(lead, jnp.int32),
-            cursor=jnp.zeros((), jnp.int32),
+            cursor=jnp.zeros(lead[:1] if len(lead) == 2 else (), jnp.int32),
         )
 
     @property
@@ -179,9 +180,10 @@ class Cache:
             positions = jnp.where(positions < end, positions, EMPTY)
 
         def append(beams, chunk, axis):
-            return lax.dynamic_update_slice_in_dim(
-                beams, select_chunks(chunk), self.beams.cursor, axis
-            )
+            def of_prompt(beams, chunk, cursor):
+                return lax.dynamic_update_slice_in_dim(beams, chunk, cursor, axis)
+
+            return jax.vmap(of_prompt)(beams, select_chunks(chunk), self.beams.cursor)
 
         def extend_layers(beams, chunks):
             unpacked = zip(
@@ -194,7 +196,8 @@ class Cache:
             values=extend_layers(self.beams.values, self.chunk.values),
             positions=append(positions, self.chunk.positions, -1),
             lengths=lengths + select_chunks(self.chunk.lengths),
-            cursor=self.beams.cursor + self.chunk.slots,
+            # Those of a prompt that is done go on, but hold nothing new.
+            cursor=jnp.minimum(self.beams.cursor + self.chunk.slots, self.beams.slots),
         )
         chunk = dataclasses.replace(
             self.chunk,
@@ -203,6 +206,35 @@ class Cache:
             cursor=jnp.zeros_like(self.chunk.cursor),
         )
         return Cache(prompt=self.prompt, beams=beams, chunk=chunk)
+
+    def admit(self, rows: Int[Array, " A"], newcomers: Cache) -> Cache:
+        """Puts other prompts, whose beams and chunks are empty, in the place of those in `rows`."""
+
+        def replace(part: CachePart, new: CachePart, *, read: bool) -> CachePart:
+            def set_rows(x: Array, y: Array) -> Array:
+                return x.at[rows].set(y, unique_indices=True)
+
+            def set_packed(x: Array, y: Array) -> Array:
+                return pack(set_rows(part.unpack(x), new.unpack(y)))
+
+            changed = dataclasses.replace(
+                part,
+                positions=set_rows(part.positions, new.positions),
+                lengths=set_rows(part.lengths, new.lengths),
+                cursor=set_rows(part.cursor, new.cursor) if part.cursor.ndim else part.cursor,
+            )
+            if not read:
+                return changed
+            keys, values = jax.tree.map(
+                set_packed, (part.keys, part.values), (new.keys, new.values)
+            )
+            return dataclasses.replace(changed, keys=keys, values=values)
+
+        return Cache(
+            prompt=replace(self.prompt, newcomers.prompt, read=True),
+            beams=replace(self.beams, newcomers.beams, read=False),
+            chunk=replace(self.chunk, newcomers.chunk, read=False),
+        )
 
 
 def pack(x: Float[Array, "*lead kv_heads slots head_dim"]) -> Array:

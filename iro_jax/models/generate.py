@@ -63,14 +63,16 @@ def prompt_keys(seed: int, prompt_ids: Sequence[str]) -> Key[Array, " P"]:
     return fold(words)
 
 
-def draw_keys(keys: Key[Array, " P"], step: Int[Array, ""], samples: int) -> Key[Array, "P N"]:
+def draw_keys(
+    keys: Key[Array, " P"], step: int | Int[Array, "*P"], samples: int
+) -> Key[Array, "P N"]:
     """The keys of one token's draws: by prompt, step and sample."""
 
-    def of_prompt(key):
+    def of_prompt(key, step):
         key = jax.random.fold_in(key, step)
         return jax.vmap(lambda sample: jax.random.fold_in(key, sample))(jnp.arange(samples))
 
-    return jax.vmap(of_prompt)(keys)
+    return jax.vmap(of_prompt)(keys, jnp.broadcast_to(step, keys.shape))
 
 
 def generate(

@@ -2,10 +2,12 @@
 
 from iro_jax.search.acceptance import AcceptFirst
 from iro_jax.search.choice import choose, majority
+from iro_jax.search.continuous import ContinuousSearch
 from iro_jax.search.host import HostSearch
 from iro_jax.search.search import (
     beam_step,
     check_scores,
+    done,
     expand_beams,
     finish,
     search,
@@ -46,6 +48,7 @@ __all__ = [
     "Beams",
     "Candidates",
     "Chunk",
+    "ContinuousSearch",
     "ExpandFn",
     "Finalists",
     "Frontier",
@@ -63,6 +66,7 @@ __all__ = [
     "check_scores",
     "choose",
     "diversity_first",
+    "done",
     "expand_beams",
     "finalists",
     "finish",

@@ -153,7 +153,7 @@ def expand_beams(
     # CPU broadcasts to 64, as it would with B = 8.
     carried = jnp.arange(successors) < state.beams.finished[..., None].astype(jnp.int32)
     frontier = Frontier(
-        step=state.step,
+        step=state.num_steps,
         beams=prefixes,
         open=~prefixes.finished[..., None] & ~carried,
         room=state.limit[:, None] - prefixes.lengths,
@@ -170,8 +170,10 @@ def expand_beams(
     real = jnp.arange(chunk.tokens.shape[-1]) < chunk_lengths[..., None]
     token_log_probs = jnp.where(real, chunk.log_probs, 0.0)
     lengths = prefixes.lengths[..., None] + chunk_lengths
-    out_of_room = (chunk_lengths >= frontier.room[..., None]) | (state.step == _last_step(state))
-    nodes = state.step * width * successors + jnp.arange(width * successors).reshape(width, -1)
+    last = (state.num_steps == _last_step(state))[:, None, None]
+    out_of_room = (chunk_lengths >= frontier.room[..., None]) | last
+    first_node = state.num_steps[:, None, None] * width * successors
+    nodes = first_node + jnp.arange(width * successors).reshape(width, -1)
     candidates = Candidates(
         beams=state.beams,
         rows=rows,
@@ -211,14 +213,14 @@ def select_beams(
     scores, nonfinite = _competing(scores, candidates)
 
     parents = select_fn(
-        jax.vmap(lambda key: _selection_key(key, state.step))(keys),
+        jax.vmap(_selection_key)(keys, state.num_steps),
         scores.total.reshape(num_prompts, -1),
         candidates,
     )
     chex.assert_shape(parents, (num_prompts, width))
-    done = jnp.all(state.beams.finished, axis=-1)
+    over = done(state)
     carried_slots = jnp.arange(width) * successors
-    parents = jnp.where(done[:, None], carried_slots, parents).astype(jnp.int32)
+    parents = jnp.where(over[:, None], carried_slots, parents).astype(jnp.int32)
 
     def selected(x):
         return take(x.reshape(num_prompts, width * successors, *x.shape[3:]), parents)
@@ -235,15 +237,14 @@ def select_beams(
     rows = _rows(beams.finished, reuse_finished)
     commit = functools.partial(_commit, parents=take(parents, rows))
     return SearchState(
-        step=state.step + 1,
         limit=state.limit,
         prompt_scores=state.prompt_scores,
         beams=beams,
         pool=_remember(state.pool, beams, entering=beams.finished & selected(candidates.new)),
-        trace=_record(state.trace, state.step, candidates, scores, parents),
+        trace=_record(state.trace, state.num_steps, over, candidates, scores, parents),
         expand_memory=commit(state.expand_memory),
         score_memory=commit(score_memory),
-        num_steps=state.num_steps + ~done,
+        num_steps=state.num_steps + ~over,
         num_tokens=state.num_tokens + candidates.chunk_lengths.sum((1, 2)),
         num_queries=state.num_queries + scores.parts.shape[-1] * candidates.new.sum((1, 2)),
         nonfinite=state.nonfinite | nonfinite,
@@ -295,7 +296,6 @@ def start(
 
     limit = jnp.minimum(jnp.asarray(max_new_tokens, jnp.int32), capacity)
     return SearchState(
-        step=jnp.int32(0),
         limit=jnp.broadcast_to(limit, (num_prompts,)),
         prompt_scores=root.scores.total.astype(jnp.float32),
         beams=Beams(
@@ -336,7 +336,12 @@ def start(
 
 def unfinished(state: SearchState) -> Bool[Array, ""]:
     """Whether some beam of some prompt can still grow."""
-    return (state.step <= _last_step(state)) & ~jnp.all(state.beams.finished)
+    return ~jnp.all(done(state))
+
+
+def done(state: SearchState) -> Bool[Array, " P"]:
+    """Of which prompts every beam is finished."""
+    return jnp.all(state.beams.finished, axis=-1) | (state.num_steps > _last_step(state))
 
 
 def finish(state: SearchState) -> SearchOutput:
@@ -457,7 +462,8 @@ def _remember(pool: Pool, beams: Beams, entering: Bool[Array, "P K"]) -> Pool:
 
 def _record(
     trace: Trace,
-    step: Int[Array, ""],
+    step: Int[Array, " P"],
+    over: Bool[Array, " P"],
     candidates: Candidates,
     scores: Scores,
     selected: Int[Array, "P K"],
@@ -473,8 +479,13 @@ def _record(
         scores=scores,
         selected=selected,
     )
+    # What is over is not written anywhere.
+    step = jnp.where(over, trace.parents.shape[0], step)
+    prompts = jnp.arange(step.shape[0])
     return jax.tree.map(
-        lambda all_steps, one: lax.dynamic_update_index_in_dim(all_steps, one, step, 0), trace, now
+        lambda steps, one: steps.at[step, prompts].set(one, mode="drop", unique_indices=True),
+        trace,
+        now,
     )
 
 

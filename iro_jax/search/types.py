@@ -24,6 +24,13 @@ class Memory(Protocol):
         """The memory of the beams that continue candidates `parents`, each in `[0, U)`."""
         ...
 
+    def admit(self, rows: Int[Array, " A"], newcomers: Memory) -> Memory:
+        """The memory with A other prompts in the place of those in `rows`.
+
+        Only `iro_jax.search.continuous` asks for it.
+        """
+        ...
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Frontier:
     """What `expand_fn` extends.
 
     Attributes:
-      step: how many chunks came before, a scalar.
+      step: how many chunks came before, `[P]`.
       beams: the prefix of each row. With `reuse_finished` the row of a finished beam holds a
         copy of another one.
       open: the slots that want a successor, `[P, K, B]`; the others are thrown away.
@@ -94,7 +101,7 @@ class Frontier:
       memory: what the function returned last time, committed to the rows.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array, " P"]
     beams: Beams
     open: Bool[Array, "P K B"]
     room: Int[Array, "P K"]
@@ -218,7 +225,6 @@ class SearchState:
     """A search between two chunks.
 
     Attributes:
-      step: chunks done, a scalar.
       limit: most tokens of an answer, `[P]`.
       prompt_scores: of the bare prompts, `[P]`.
       beams: the survivors.
@@ -231,7 +237,6 @@ class SearchState:
       nonfinite: whether a score was NaN or infinite, `[P]`.
     """
 
-    step: Int[Array, ""]
     limit: Int[Array, " P"]
     prompt_scores: Float[Array, " P"]
     beams: Beams

@@ -304,6 +304,24 @@ def test_the_host_drives_the_same_search(models_):
     np.testing.assert_array_equal(inside.trace.selected, outside.trace.selected)
 
 
+@pytest.mark.parametrize("on_host", [False, True])
+def test_stacked_networks_read_over_a_bridge_what_each_of_them_reads(models_, on_host):
+    policy, valued = models_
+    params = valued.network.init(jax.random.key(2))
+    other = dataclasses.replace(valued, params=jax.tree.map(lambda x: 6 * x, params))
+    found = []
+    for stacked in (False, True):
+        scorer, params, foreign = value_scorer(
+            policy, [valued, other], [1.0, 2.0], chunk_length=16, stacked=stacked
+        )
+        assert len(scorer.values.networks) == 2 - stacked
+        output = searched(policy, scorer, params, foreign, PROMPTS, on_host=on_host)
+        assert not output.nonfinite.any()
+        found.append(jax.device_get(output.finalists))
+    np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+    np.testing.assert_allclose(found[0].scores.parts, found[1].scores.parts, atol=1e-5, rtol=1e-5)
+
+
 def test_a_bridge_that_is_too_narrow_says_so_and_a_guide_widens_it(models_):
     policy, valued = models_
     scorer, params, foreign = value_scorer(policy, [valued], [1.0], chunk_length=16)

@@ -221,6 +221,33 @@ class TestNetworks:
         )
         assert [network.num_values for network in scorer.networks] == [1, 1, 1]
 
+    @pytest.mark.parametrize("kind", ["score heads", "heads on backbones of their own"])
+    def test_stacked_networks_guide_a_search_as_in_turn(self, kind):
+        if kind == "score heads":
+            functions = [score_function(seed) for seed in (1, 2, 3)]
+        else:
+            functions = [
+                head(pretrained(seed=seed), Head((8,)), layer=1, seed=seed) for seed in (5, 6, 7)
+            ]
+        asked = prompts(4)
+        keys = prompt_keys(0, [str(i) for i in range(len(asked))])
+
+        def run(stacked):
+            scorer, params, _ = function_scorer(MODEL, functions, BETAS[:3], stacked=stacked)
+            output = jax.jit(guided(scorer))(guided_params(params), keys, *batch(asked))
+            return scorer, jax.device_get(output)
+
+        in_turn, one = run(False)
+        stacked, other = run(True)
+        assert len(in_turn.networks) == 3
+        assert len(stacked.networks) == 1
+        assert (other.num_steps > 2).any()
+        np.testing.assert_array_equal(one.finalists.tokens, other.finalists.tokens)
+        np.testing.assert_array_equal(one.ranking, other.ranking)
+        for name in ("total", "parts"):
+            found = [getattr(output.finalists.scores, name) for output in (one, other)]
+            np.testing.assert_allclose(*found, atol=1e-4, rtol=1e-5)
+
     def test_another_tokenizer_needs_a_bridge(self):
         other = word_tokenizer([*reversed(WORDS)])
         function = head(pretrained(seed=5, tokenizer=other), Head())

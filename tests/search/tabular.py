@@ -120,7 +120,7 @@ def sampled_successors(chunk_length, has_eos):
         log_policy = params["log_policy"]
         prompts, horizon, _, vocabulary = log_policy.shape
         shape = frontier.open.shape
-        noise = params["noise"][:, frontier.step]
+        noise = jax.vmap(lambda of_prompt, step: of_prompt[step])(params["noise"], frontier.step)
         noise = noise.reshape(*shape, chunk_length, vocabulary)
         beams = frontier.beams
         lasts = jnp.maximum(beams.lengths - 1, 0)[..., None]

@@ -18,11 +18,11 @@ def uniform_successors(vocabulary, chunk_length):
     def expand_fn(params, prompt_keys, frontier):
         shape = (*frontier.open.shape[1:], chunk_length)
 
-        def draw(key):
-            key = jax.random.fold_in(key, frontier.step)
+        def draw(key, step):
+            key = jax.random.fold_in(key, step)
             return jax.random.randint(key, shape, 0, vocabulary)
 
-        tokens = jax.vmap(draw)(prompt_keys)
+        tokens = jax.vmap(draw)(prompt_keys, frontier.step)
         lengths = jnp.minimum(chunk_length, frontier.room[..., None])
         lengths = jnp.broadcast_to(lengths, frontier.open.shape)
         ended = jnp.zeros(lengths.shape, bool)
