@@ -1,5 +1,16 @@
-"""Pallas kernels with their XLA references.
+"""Pallas kernels for TPU and GPU, each with a reference in plain XLA.
 
-This package has the same name as Hugging Face's `kernels`, which `transformers` looks for.
-It is told apart by having no version, so nothing may be defined or imported here.
+Nothing here imports from `iro_jax`, which may import it.
 """
+
+from kernels.dispatch import Implementation
+from kernels.prefix_attention import Part, prefix_attention
+from kernels.sampling import Drawn, fused_draw
+
+__all__ = [
+    "Drawn",
+    "Implementation",
+    "Part",
+    "fused_draw",
+    "prefix_attention",
+]
