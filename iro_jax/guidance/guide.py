@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from iro_jax.guidance.answers import (
     Reward,
     Selection,
     Vote,
-    answer_batches,
+    in_order,
 )
 from iro_jax.guidance.bridge import Bridge, BridgedValues
 from iro_jax.guidance.guided import GuidedSearch
@@ -45,15 +45,24 @@ from iro_jax.models import (
     Pretrained,
     Sampling,
     TextFormat,
+    pad_prompts,
     render,
     same_tokenizer,
 )
-from iro_jax.models.generate import KeyedBatch, batch_prompts, name_prompts
+from iro_jax.models.generate import (
+    KeyedBatch,
+    batch_prompts,
+    bucket_groups,
+    name_prompts,
+    prompt_keys,
+)
 from iro_jax.models.stop import cut, stop_table
 from iro_jax.models.text import check_ids, end_of_turn
 from iro_jax.models.token_bytes import token_bytes
 from iro_jax.search import SearchOutput, SelectFn, check_scores, diversity_first, per_parent, top_k
 from iro_jax.values import ValueNetwork, ValueParams, stack_networks
+
+Driver = Literal["auto", "program", "host", "continuous"]
 
 
 class Guide:
@@ -79,8 +88,10 @@ class Guide:
         contexts leave beside the answer.
       successors, segments: how beams are extended; see `GuidedSearch`.
       answers: what answers are chosen from: `finalists`, or the last `beams`.
-      driver: `program` runs a whole search as one program, `host` a program a chunk;
-        `auto` takes `host` where a bridge is needed and the platform is not the CPU.
+      driver: `program` runs a whole search as one program, `host` a program a chunk, `continuous`
+        too, and lets waiting prompts take the places of those that are done: for answers of
+        different lengths, where no bridge is needed. `auto` takes `host` where a bridge is needed
+        and the platform is not the CPU, otherwise `program`.
     """
 
     def __init__(
@@ -106,12 +117,14 @@ class Guide:
         successors: Literal["sampled", "top_tokens"] = "sampled",
         segments: Segments | None = None,
         answers: AnswerSource = "finalists",
-        driver: Literal["auto", "program", "host"] = "auto",
+        driver: Driver = "auto",
     ):
         if policy.tokenizer is None:
             raise ValueError(f"{policy.origin}: there is no tokenizer to read prompts with")
-        if driver not in ("auto", "program", "host"):
-            raise ValueError(f"driver must be 'auto', 'program' or 'host'. Got: {driver!r}")
+        if driver not in get_args(Driver):
+            raise ValueError(f"driver must be one of {get_args(Driver)}. Got: {driver!r}")
+        if driver == "continuous" and scorer_tokenizer is not None:
+            raise ValueError("A scorer with another tokenizer cannot be driven continuously")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1. Got: {batch_size}")
         if isinstance(scorer, BridgedValues) != (scorer_tokenizer is not None):
@@ -145,6 +158,7 @@ class Guide:
         self.text_format = text_format.beside(max_new_tokens, contexts)
         off_program = isinstance(scorer, BridgedValues) and jax.default_backend() != "cpu"
         self._from_host = driver == "host" or (driver == "auto" and off_program)
+        self._continuous = self.search.continuous(batch_size) if driver == "continuous" else None
         self._programs = [(self.search, self._compile(self.search))]
 
     def __call__(
@@ -171,25 +185,39 @@ class Guide:
         """
         names = name_prompts(prompts, prompt_ids)
         rendered = [self._render(index, prompt) for index, prompt in enumerate(prompts)]
-        batches = batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size)
-
         by_score = self.search.select_fn in (diversity_first, per_parent, top_k)
 
-        def answer(batch: KeyedBatch) -> list[Guided]:
-            output = jax.device_get(self._search_batch(batch))
-            return [
-                self.final_choice(
-                    prompts[index],
-                    output,
-                    row,
-                    self._read,
-                    trees=index < trees,
-                    by_score=by_score,
-                )
-                for row, index in enumerate(batch.indices)
-            ]
+        def choose(index: int, output: SearchOutput, row: int) -> Guided:
+            return self.final_choice(
+                prompts[index], output, row, self._read, trees=index < trees, by_score=by_score
+            )
 
-        return answer_batches(batches, answer, len(prompts), progress=progress)
+        def found() -> Iterator[tuple[int, Guided]]:
+            for indices, output in self._search_all(rendered, names, seed):
+                for row, index in enumerate(indices):
+                    yield index, choose(index, output, row)
+
+        return in_order(found(), len(prompts), progress=progress)
+
+    def _search_all(
+        self, rendered: Sequence[tuple[np.ndarray, ...]], names: Sequence[str], seed: int
+    ) -> Iterator[tuple[Sequence[int], SearchOutput]]:
+        """Prompts and what was found for them, on the host, as soon as it is."""
+        if self._continuous is None:
+            for batch in batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size):
+                yield batch.indices, jax.device_get(self._search_batch(batch))
+            return
+        for group in bucket_groups(rendered, self.batch_size):
+            padded = pad_prompts([rendered[index][0] for index in group])
+            keys = prompt_keys(seed, [names[index] for index in group])
+            for number, output in self._continuous(
+                self.params,
+                keys,
+                (padded.tokens, padded.mask),
+                max_new_tokens=self.search.capacity,
+            ):
+                check_scores(output)
+                yield (group[number],), output
 
     def _ending(self, characters: str) -> list[int]:
         if not characters:

@@ -142,7 +142,7 @@ class PolicySampler:
             logits = self.network.logits(params.policy, memory.hidden)
             if self.segments is not None:
                 alive = alive & ~((i >= self.segments.min_tokens) & self._in_doubt(logits))
-            drawn = draw(draw_key, logits, self.sampling, noise)
+            drawn = draw(draw_key, logits, self.sampling, noise, kernels=self.network.kernels)
             outputs, cache = self.network.decode(
                 params.policy,
                 memory.cache,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 
 import chex
@@ -240,6 +241,26 @@ def batch_prompts(
         fill = [""] * (batch_size - len(batch))
         keys = prompt_keys(seed, [names[i] for i in batch] + fill)
         yield KeyedBatch(tuple(batch), padded, keys)
+
+
+def bucket_groups(
+    rendered: Sequence[tuple[Int[np.ndarray, " length"], ...]], smallest: int
+) -> Iterator[list[int]]:
+    """The indices of prompts that are read in one bucket, the longest ones first.
+
+    A group of fewer than `smallest` joins the one before it.
+    """
+    buckets = [bucket_length(len(readings[0])) for readings in rendered]
+    group: list[int] = []
+    order = sorted(range(len(rendered)), key=lambda i: buckets[i], reverse=True)
+    for _, members in itertools.groupby(order, key=lambda i: buckets[i]):
+        fresh = list(members)
+        if group and len(fresh) >= smallest:
+            yield group
+            group = []
+        group += fresh
+    if group:
+        yield group
 
 
 class Sampler:

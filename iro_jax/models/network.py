@@ -24,12 +24,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from iro_jax.models import rope as rope_lib
-from iro_jax.models.attention import SLOT_BLOCK, Part
+from iro_jax.models.attention import SLOT_BLOCK, Part, attend
 from iro_jax.models.cache import EMPTY, Cache, CachePart, pack, visible
 from iro_jax.models.config import TransformerConfig
 from iro_jax.models.lora import Adapters
 from iro_jax.models.sharding import RULES, Rules, named_sharding
 from iro_jax.models.transformer import Transformer
+from kernels import Implementation, prefix_attention
+from kernels import Part as KernelPart
 
 Params: TypeAlias = nnx.State
 Depth = Literal["hidden"] | int
@@ -65,9 +67,16 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """One architecture. Equal configurations give equal networks (static under `jax.jit`)."""
+    """One architecture. Equal configurations give equal networks (static under `jax.jit`).
+
+    Attributes:
+      config: of the architecture.
+      kernels: what computes the attention of a decoded token: `xla`, or a Pallas kernel; see
+        `kernels.Implementation`. On a mesh of several devices it is always XLA.
+    """
 
     config: TransformerConfig
+    kernels: Implementation = "xla"
 
     def init(self, key: Array) -> Params:
         """Random parameters in f32: normal with deviation 0.02, norms at one."""
@@ -207,7 +216,16 @@ class Network:
         context = tuple(part for part in (cache.prompt, beams) if part.slots)
         before = None if kept is None else cache.prompt.lengths[:, None, None] + kept
         module = self._module(params)
-        stream, chunk = _apply(module, tokens, positions, context, cache.chunk, adapters, before)
+        stream, chunk = _apply(
+            module,
+            tokens,
+            positions,
+            context,
+            cache.chunk,
+            adapters,
+            before,
+            kernels=self.kernels,
+        )
         return self._outputs(module, stream, want), dataclasses.replace(cache, chunk=chunk)
 
     def truncate(self, params: Params, num_layers: int) -> tuple[Network, Params]:
@@ -215,7 +233,7 @@ class Network:
         flat = nnx.to_flat_state(params)
         kept = [(path, x) for path, x in flat if path[0] != "layers" or path[1] < num_layers]
         config = self.config.replace(layers=self.config.layers[:num_layers])
-        return Network(config), nnx.from_flat_state(kept)
+        return dataclasses.replace(self, config=config), nnx.from_flat_state(kept)
 
     def logits(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Next-token logits, f32, from `Outputs.hidden`."""
@@ -281,6 +299,7 @@ def _apply(
     before: Int[Array, "*lead"] | None = None,
     segments: Int[Array, "*lead N"] | None = None,
     remat: bool = False,
+    kernels: Implementation = "xla",
 ) -> tuple[list[Float[Array, "*lead N D"]], CachePart]:
     """Runs new tokens through the layers.
 
@@ -292,6 +311,7 @@ def _apply(
       before: the positions in `context` that are visible; all by default.
       segments: new tokens see their like alone, without a context.
       remat: layers are computed again for the gradient; the own part stays empty then.
+      kernels: what computes attention, where a kernel can.
 
     Returns:
       The residual stream before, between and after the layers, and the own part with the new
@@ -326,6 +346,28 @@ def _apply(
         for part in context
     ]
 
+    # A kernel takes one token of each candidate behind both other parts, on one device.
+    one_device = jax.sharding.get_abstract_mesh().size <= 1
+    by_kernel = kernels != "xla" and one_device and len(context) == 2 and before is None
+    places = [*(part.positions for part in context), own_positions]
+
+    def attend_by_kernel(window, queries, parts, softcap):
+        prompt, beams, chunk = (
+            KernelPart(x.keys, x.values, place) for x, place in zip(parts, places, strict=True)
+        )
+        found = prefix_attention(
+            queries[..., 0, :, :, :],
+            positions[..., 0],
+            prompt,
+            beams,
+            chunk,
+            jnp.max(context[1].cursor),
+            window=window,
+            softcap=softcap,
+            implementation=kernels,
+        )
+        return found[..., None, :, :, :]
+
     new_keys: list[Array] = []
     new_values: list[Array] = []
 
@@ -357,6 +399,9 @@ def _apply(
             rope_tables=rope_tables[layer.rope],
             remember=functools.partial(remember, index, layer.window),
             adapters={} if adapters is None else adapters[index],
+            attend=functools.partial(attend_by_kernel, layer.window)
+            if by_kernel and tokens.shape[-1] == 1
+            else attend,
         )
         stream.append((jax.checkpoint(apply) if remat else apply)(stream[-1]))
 

@@ -11,12 +11,15 @@ Letters: V vocabulary size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt32
+
+from kernels import Implementation, fused_draw
 
 # Neighbours of which `top_k` first compares the largest only.
 _GROUP = 64
@@ -70,6 +73,8 @@ def draw(
     logits: Float[Array, "*batch V"],
     sampling: Sampling,
     noise: Float[Array, "*batch V"] | None = None,
+    *,
+    kernels: Implementation = "xla",
 ) -> Draw:
     """Draws one token per row.
 
@@ -78,10 +83,19 @@ def draw(
       logits: of the policy.
       sampling: the warpers.
       noise: Gumbel noise to use instead of the keys' own.
+      kernels: `xla`, or what draws in one pass over the logits where there is no `noise`; `auto`
+        is `xla` on CPU.
 
     Returns:
       The draw. All log-probabilities are f32.
     """
+    one_device = jax.sharding.get_abstract_mesh().size <= 1
+    if kernels != "xla" and noise is None and one_device:
+        fused = functools.partial(_fused, keys, logits, sampling, kernels)
+        plain = functools.partial(draw, keys, logits, sampling)
+        if kernels != "auto":
+            return fused()
+        return lax.platform_dependent(default=plain, tpu=fused, cuda=fused, rocm=fused)
     chex.assert_equal_shape_prefix([keys, logits], keys.ndim)
     chex.assert_rank(logits, keys.ndim + 1)
     if noise is not None:
@@ -110,6 +124,19 @@ def draw(
     tokens = jnp.take_along_axis(jnp.broadcast_to(ids, kept.shape), best, axis=-1)[..., 0]
     warped = jnp.take_along_axis(kept, best, axis=-1)[..., 0] - jax.nn.logsumexp(kept, axis=-1)
     return finish(tokens, warped, sampling.temperature * jnp.max(kept, axis=-1))
+
+
+def _fused(keys: Array, logits: Array, sampling: Sampling, kernels: Implementation) -> Draw:
+    rows = keys.size
+    drawn = fused_draw(
+        jax.random.key_data(keys).reshape(rows, -1),
+        logits.astype(jnp.float32).reshape(rows, -1),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        implementation=kernels,
+    )
+    return Draw(*(x.reshape(keys.shape) for x in drawn))
 
 
 def warp(

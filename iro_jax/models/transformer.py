@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from iro_jax.models.attention import Part, attend
 from iro_jax.models.config import Activation, Layer, TransformerConfig
 from iro_jax.models.lora import Adapter, Target
 from iro_jax.models.sharding import spread_batch
+
+AttendFn = Callable[[Array, Sequence[Part], float | None], Array]
 
 _ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -137,6 +139,7 @@ class Attention(nnx.Module):
         queries: Array,
         parts: list[Part],
         adapter: Adapter | None = None,
+        attend: AttendFn = attend,
     ) -> Array:
         attended = attend(queries, parts, self.config.attention_softcap)
         return self.output(attended.astype(queries.dtype), adapter)
@@ -191,6 +194,7 @@ class Block(nnx.Module):
         rope_tables: tuple[Array, Array],
         remember,
         adapters: Mapping[Target, Adapter],
+        attend: AttendFn = attend,
     ) -> Array:
         """One layer.
 
@@ -200,11 +204,13 @@ class Block(nnx.Module):
           remember: `(keys, values) -> parts` stores the new tokens' keys and values and
             returns every part that the queries attend to.
           adapters: of this layer's projections, where they have one.
+          attend: from queries, parts and the soft cap to what is attended to.
         """
         queries, keys, values = self.attention.project(
             self.attention_norm(x), rope_tables, adapters.get("qkv")
         )
-        attended = self.attention.mix(queries, remember(keys, values), adapters.get("output"))
+        parts = remember(keys, values)
+        attended = self.attention.mix(queries, parts, adapters.get("output"), attend)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
         mlp = functools.partial(self.mlp, up=adapters.get("up"), down=adapters.get("down"))

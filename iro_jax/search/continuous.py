@@ -81,10 +81,13 @@ def admit(state: SearchState, rows: Int[Array, " A"], newcomers: SearchState) ->
 
 def outputs_of(state: SearchState, rows: Int[Array, " A"]) -> SearchOutput:
     """The answers of some prompts of a state."""
-    without_memory = dataclasses.replace(state, trace=None, expand_memory=None, score_memory=None)
-    chosen = jax.tree.map(lambda x: x[rows], without_memory)
     trace = jax.tree.map(lambda x: x[:, rows], state.trace)
-    return finish(dataclasses.replace(chosen, trace=trace))
+    chosen = {
+        field.name: jax.tree.map(lambda x: x[rows], getattr(state, field.name))
+        for field in dataclasses.fields(state)
+        if field.name not in ("trace", "expand_memory", "score_memory")
+    }
+    return finish(SearchState(**chosen, trace=trace, expand_memory=None, score_memory=None))
 
 
 class ContinuousSearch:

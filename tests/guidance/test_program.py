@@ -19,6 +19,7 @@ from iro_jax.guidance import (
     ValueSumParams,
 )
 from iro_jax.models import Pretrained, Sampling, generate, prompt_keys
+from iro_jax.models.generate import bucket_groups
 from iro_jax.models.stop import cut, stop_table
 from iro_jax.models.token_bytes import token_bytes
 from iro_jax.testing import tiny_network, word_tokenizer
@@ -232,7 +233,7 @@ def test_scores_that_are_no_numbers_are_reported_with_their_prompt(beta):
 def test_a_guide_reports_scores_that_are_no_numbers(tmp_path):
     scorer, scorer_params = SCORED["policy heads"]
     broken = dataclasses.replace(scorer_params, betas=jnp.full(3, jnp.nan))
-    for driver in ("program", "host"):
+    for driver in ("program", "host", "continuous"):
         guide = Guide(pretrained(tmp_path), scorer, broken, driver=driver, **SMALL)
         with pytest.raises(ValueError, match="NaN or infinite"):
             guide(["w1 w2"])
@@ -317,3 +318,36 @@ def test_the_loop_itself_refuses_what_cannot_work():
 
     with pytest.raises(ValueError, match=r"chunk_length\] = \[1, 1, 1, 1\]. Got: \[1, 1, 1, 2\]"):
         s.search(None, keys, root, expand_fn=wrong_shape, score_fn=NoScore(), **sizes)
+
+
+def test_kernels_give_the_same_answers():
+    """Attention over the shared prefix and the fused draw, interpreted, in a whole search."""
+    scorer, scorer_params = SCORED["policy heads"]
+    tokens, mask = batch(prompts(2))
+    keys, params = prompt_keys(0, ["a", "b"]), guided_params(scorer_params)
+    plain = guided(scorer, capacity=8)
+    kernels = dataclasses.replace(POLICY, kernels="interpret")
+    expected, found = (
+        jax.jit(dataclasses.replace(plain, policy=policy))(params, keys, tokens, mask)
+        for policy in (POLICY, kernels)
+    )
+    np.testing.assert_array_equal(found.finalists.tokens, expected.finalists.tokens)
+    np.testing.assert_allclose(found.finalists.log_probs, expected.finalists.log_probs, atol=1e-4)
+
+
+def test_a_guide_that_is_driven_continuously_answers_alike(tmp_path):
+    asked = [" ".join(WORDS[: 1 + 7 * i % 40]) for i in range(7)]
+    guides = [
+        Guide(pretrained(tmp_path), driver=driver, batch_size=3, **SMALL)
+        for driver in ("auto", "continuous")
+    ]
+    expected, found = (guide(asked, seed=3) for guide in guides)
+    assert [guided.text for guided in found] == [guided.text for guided in expected]
+    assert [guided.num_tokens for guided in found] == [guided.num_tokens for guided in expected]
+
+
+def test_prompts_of_one_bucket_are_read_together():
+    rendered = [(np.zeros(length, np.int32),) for length in (3, 40, 200, 10, 33, 5)]
+    assert list(bucket_groups(rendered, 2)) == [[2], [1, 4], [0, 3, 5]]
+    assert list(bucket_groups(rendered, 3)) == [[2, 1, 4], [0, 3, 5]]
+    assert list(bucket_groups(rendered, 4)) == [[2, 1, 4, 0, 3, 5]]

@@ -1,0 +1,75 @@
+"""The floor of decoding: the products of activations with every weight matrix, nothing else.
+
+No norms, no attention, no caches, no draws: what is left is reading the weights. The programs
+here compute products of the shapes that a network's own have, with its own weights, as often as
+a step or a search does. What they compute means nothing.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from iro_jax.models import Params
+
+
+def layer_matmuls(params: Params, x: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
+    """The products of all layers, for every row."""
+    layers = [params["layers"][index] for index in params["layers"]]
+    for layer in layers:
+        for room, first, second in (("attention", "qkv", "output"), ("mlp", "up", "down")):
+            kernel = layer[room][first]["kernel"].get_value()
+            hidden = x @ kernel.reshape(x.shape[-1], -1)
+            kernel = layer[room][second]["kernel"].get_value()
+            kernel = kernel.reshape(-1, x.shape[-1])
+            x = hidden[:, : kernel.shape[0]] @ kernel
+    return x
+
+
+def decode_matmuls(
+    params: Params, x: Float[Array, "rows D"], num_steps: int
+) -> Float[Array, "rows D"]:
+    """The products of so many decode steps, the unembedding included."""
+    table = params["unembedding" if "unembedding" in params else "embedding"].get_value()
+
+    def step(_, x):
+        x = layer_matmuls(params, x)
+        # All logits must be computed for their maximum, which feeds the next step.
+        return x + 1e-6 * jnp.max(x @ table.T, axis=-1, keepdims=True)
+
+    return lax.fori_loop(0, num_steps, step, x)
+
+
+def search_matmuls(
+    policy: Params,
+    values: tuple[Params, ...],
+    x: Float[Array, "prompt_slots D"],
+    *,
+    candidates: int,
+    chunk_length: int,
+    num_chunks: int,
+) -> tuple[Array, tuple[Array, ...]]:
+    """The products of a whole search.
+
+    Args:
+      policy: its weights.
+      values: those of every value network that is read. Each is an argument of the program,
+        even where two are the same arrays: their equal products would be computed once.
+      x: a row for each slot of the prompts, which all networks read.
+      candidates: of all prompts together; a decode step's rows.
+      chunk_length: decode steps between two readings of the value networks, each of which has a
+        row for every token of every candidate's chunk.
+      num_chunks: of an answer.
+    """
+
+    def read_prompts(params: Params, rows: int) -> Array:
+        return jnp.resize(layer_matmuls(params, x), (rows, x.shape[-1]))
+
+    def chunk(_, state):
+        tokens, chunks = state
+        tokens = decode_matmuls(policy, tokens, chunk_length)
+        return tokens, tuple(map(layer_matmuls, values, chunks))
+
+    chunks = tuple(read_prompts(params, candidates * chunk_length) for params in values)
+    return lax.fori_loop(0, num_chunks, chunk, (read_prompts(policy, candidates), chunks))
