@@ -4,8 +4,10 @@ Nothing here imports from `iro_jax`, which may import it.
 """
 
 from kernels.dispatch import Implementation
-from kernels.prefix_attention import Part, prefix_attention
-from kernels.sampling import Drawn, fused_draw
+from kernels.prefix_attention import prefix_attention
+from kernels.prefix_attention_parts import Part
+from kernels.sampling import fused_draw
+from kernels.sampling_algorithm import Drawn
 
 __all__ = [
     "Drawn",

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
-import jax
 from jax import lax
-from jax.typing import DTypeLike
 
 Implementation = Literal["auto", "xla", "tpu", "gpu", "interpret"]
 """How a kernel is computed.
@@ -40,10 +38,3 @@ def dispatch(
             f"implementation must be one of {get_args(Implementation)}. Got: {implementation!r}"
         )
     return chosen(*args)
-
-
-def result_like(
-    x: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = "float32"
-) -> jax.ShapeDtypeStruct:
-    """A kernel's result, which inside `jax.shard_map` varies over the same mesh axes as `x`."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

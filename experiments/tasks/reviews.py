@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import html
 import importlib.metadata
 import re
@@ -33,7 +34,7 @@ from iro_jax.data import Prompt
 from iro_jax.evaluation import Reader, wins
 from iro_jax.models import Pretrained, from_pretrained, pad_prompts, render
 from iro_jax.models.network import Depth
-from iro_jax.rewards import ClassifierReward
+from iro_jax.rewards import Answer, ClassifierReward
 from iro_jax.values import (
     AnswerTokens,
     FunctionReward,
@@ -86,7 +87,7 @@ def build(context: Context) -> Task:
         train=_prompts(train, task.prompt_words),
         evaluation=_prompts(chosen, task.prompt_words),
         reward=FunctionReward(function, tokens, states),
-        judge=ClassifierReward(_fit_judge(half_b), whole_text=True),
+        judge=_Judge(half_b),
         start=function,
         text_format=text_format,
         tokens=tokens,
@@ -247,6 +248,22 @@ def _pair_accuracy(
     scores = np.asarray(head.logits(params, jnp.asarray(states[:, -1])))[..., 0]
     praise, others = scores[labels == 1], scores[labels == 0]
     return float(wins(praise[:, None], others[None, :]).mean())
+
+
+class _Judge:
+    """A reward from labelled reviews, fitted when it is first asked: no start waits for it."""
+
+    def __init__(self, reviews: Sequence[Review]):
+        self._reviews = reviews
+
+    @functools.cached_property
+    def _reward(self) -> ClassifierReward:
+        return ClassifierReward(_fit_judge(self._reviews), whole_text=True)
+
+    def __call__(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer]
+    ) -> Float[np.ndarray, " n"]:
+        return self._reward(prompts, answers)
 
 
 def _fit_judge(reviews: Sequence[Review]) -> Pipeline:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import chex
 import jax
@@ -30,8 +30,9 @@ from iro_jax.models.config import TransformerConfig
 from iro_jax.models.lora import Adapters
 from iro_jax.models.sharding import RULES, Rules, named_sharding
 from iro_jax.models.transformer import Transformer
-from kernels import Implementation, prefix_attention
-from kernels import Part as KernelPart
+
+if TYPE_CHECKING:
+    from kernels import Implementation
 
 Params: TypeAlias = nnx.State
 Depth = Literal["hidden"] | int
@@ -352,6 +353,9 @@ def _apply(
     places = [*(part.positions for part in context), own_positions]
 
     def attend_by_kernel(window, queries, parts, softcap):
+        from kernels import Part as KernelPart  # Pallas takes a second to import
+        from kernels import prefix_attention
+
         prompt, beams, chunk = (
             KernelPart(x.keys, x.values, place) for x, place in zip(parts, places, strict=True)
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import chex
 import jax
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from kernels import Implementation, fused_draw
+if TYPE_CHECKING:
+    from kernels import Implementation
 
 # Neighbours of which `top_k` first compares the largest only.
 _GROUP = 64
@@ -127,6 +129,8 @@ def draw(
 
 
 def _fused(keys: Array, logits: Array, sampling: Sampling, kernels: Implementation) -> Draw:
+    from kernels import fused_draw  # Pallas takes a second to import
+
     rows = keys.size
     drawn = fused_draw(
         jax.random.key_data(keys).reshape(rows, -1),

@@ -10,7 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from kernels import Part, prefix_attention
-from kernels.prefix_attention import _Blocks, gpu_kernel, reference, tpu_kernel
+from kernels.prefix_attention import reference
+from kernels.prefix_attention_gpu import gpu_kernel
+from kernels.prefix_attention_tpu import Blocks, tpu_kernel
 
 IMPLEMENTATIONS = {
     "xla": reference,
@@ -162,7 +164,7 @@ def test_blocks_beyond_the_cursor_are_not_looked_at(implementation, cursor):
 @pytest.mark.parametrize(("cursor", "used"), [(0, 0), (1, 1), (128, 1), (129, 2), (1000, 8)])
 def test_each_block_is_fetched_once(cursor, used):
     """A block is fetched when its index differs from the step before."""
-    blocks = _Blocks(heads=1, prompt_block=128, beam_block=128, prompt_slots=300, beam_slots=1000)
+    blocks = Blocks(heads=1, prompt_block=128, beam_block=128, prompt_slots=300, beam_slots=1000)
     width = 3
     steps = range(blocks.steps(width))
     prompts = [int(blocks.loaded_prompt(step)) for step in steps]

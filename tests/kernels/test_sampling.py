@@ -10,7 +10,10 @@ from jax.sharding import PartitionSpec
 
 from iro_jax.models.sampling import Sampling, draw
 from kernels import fused_draw
-from kernels.sampling import _Warpers, gpu_kernel, reference, tpu_kernel
+from kernels.sampling_algorithm import Warpers
+from kernels.sampling_gpu import gpu_kernel
+from kernels.sampling_tpu import tpu_kernel
+from kernels.sampling_xla import reference
 
 ROWS = 11
 
@@ -72,7 +75,7 @@ BRIEF = ("top-p", "top-k and top-p", "greedy")
 )
 def test_equals_the_draw_by_sorting(implementation, name):
     fn = jax.jit(
-        functools.partial(IMPLEMENTATIONS[implementation], warpers=_Warpers(*WARPERS[name]))
+        functools.partial(IMPLEMENTATIONS[implementation], warpers=Warpers(*WARPERS[name]))
     )
     for kind in ("random", "ties", "all equal", "ruled out", "peaked"):
         logits, keys = logits_of(kind, 1000), keys_of(len(kind))
@@ -85,7 +88,7 @@ def test_any_size_of_vocabulary(implementation, vocabulary):
     """Those of more than 2048 tokens take the kernels several chunks."""
     warpers = WARPERS["top-k and top-p"]
     logits, keys = logits_of("ties", vocabulary), keys_of(vocabulary)
-    fn = jax.jit(functools.partial(IMPLEMENTATIONS[implementation], warpers=_Warpers(*warpers)))
+    fn = jax.jit(functools.partial(IMPLEMENTATIONS[implementation], warpers=Warpers(*warpers)))
     assert_same_draw(fn(jax.random.key_data(keys), logits), keys, logits, warpers)
 
 
