@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from iro_jax.evaluation.throughput import Throughput, Work, peak
 from iro_jax.models import from_pretrained
+from iro_jax.models.throughput import Throughput, Work, peak
 from iro_jax.values import FitSettings, Head, new_head
 from iro_jax.values.fit import Example, planned_batches, update_fn
 from iro_jax.values.objectives import ValueObjective, token_examples

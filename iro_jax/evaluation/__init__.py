@@ -10,8 +10,6 @@ from iro_jax.evaluation.comparing import (
 )
 from iro_jax.evaluation.flops import (
     Reader,
-    decode_flops,
-    forward_flops,
     reward_cost,
     sample_cost,
     search_cost,
@@ -57,6 +55,7 @@ from iro_jax.evaluation.statistics import (
     markdown_table,
     paired,
 )
+from iro_jax.models.flops import decode_flops, forward_flops
 
 __all__ = [
     "INSTRUCTION",

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
 from iro_jax.data import batches
-from iro_jax.evaluation.throughput import Throughput, Work, peak
+from iro_jax.models.throughput import Throughput, Work, peak
 
 PyTree: TypeAlias = Any
 Batch: TypeAlias = Mapping[str, Array]

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from iro_jax.evaluation.flops import forward_flops
-from iro_jax.evaluation.throughput import Work
 from iro_jax.models import Params
+from iro_jax.models.flops import forward_flops
+from iro_jax.models.throughput import Work
 from iro_jax.values import losses
 from iro_jax.values.fit import Batch, PyTree, Stacked
 from iro_jax.values.network import ValueNetwork, ValueParams

@@ -27,8 +27,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from iro_jax.evaluation.flops import forward_flops
 from iro_jax.models import TransformerConfig
+from iro_jax.models.flops import forward_flops
 from iro_jax.models.sharding import RULES
 from iro_jax.values.fit import Example, FitSettings, Stacked, planned_batches
 

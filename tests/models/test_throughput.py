@@ -2,8 +2,8 @@
 
 import pytest
 
-from iro_jax.evaluation import throughput
-from iro_jax.evaluation.throughput import Peak, Throughput, Work
+from iro_jax.models import throughput
+from iro_jax.models.throughput import Peak, Throughput, Work
 
 
 @pytest.mark.parametrize(
