@@ -14,6 +14,7 @@ Letters: R rows, V vocabulary size (of a shard, where there are shards), n thres
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ class Warpers(NamedTuple):
     top_p: float
 
 
-class Vocabulary:
+class Vocabulary(abc.ABC):
     """Named arrays of one number per row and token. "logits" is given.
 
     Functions of tokens are called as `fn(ids, *values)`, `ids` `[1, m]` and the values of
@@ -67,15 +68,19 @@ class Vocabulary:
     size: int
     bits: int
 
+    @abc.abstractmethod
     def assign(self, name: str, fn: Elementwise, *sources: str) -> None:
-        raise NotImplementedError
+        """Keeps what `fn` gives under a name."""
 
+    @abc.abstractmethod
     def total(self, fn: Elementwise, *sources: str) -> Column:
-        raise NotImplementedError
+        """The sum of what `fn` gives over all tokens."""
 
+    @abc.abstractmethod
     def largest(self, fn: Elementwise, *sources: str) -> Column:
-        raise NotImplementedError
+        """The largest of what `fn` gives."""
 
+    @abc.abstractmethod
     def weight_from(
         self, thresholds: list[Int[Array, "R 1"]], order: str, weight: str | None
     ) -> list[Column]:
@@ -83,7 +88,6 @@ class Vocabulary:
 
         Thresholds are integers in the sense of `ordinal`.
         """
-        raise NotImplementedError
 
 
 def draw(

@@ -15,6 +15,7 @@ from absl import app
 from experiments import command, run
 from experiments.benchmarks.second_start import MARK
 from iro_jax.guidance import guide
+from iro_jax.search import SearchOutput
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -29,12 +30,12 @@ def watch() -> None:
         if event == _COMPILED:
             ready[0] = time.time()
 
-    def checked(output):
+    def checked(output: SearchOutput, first: int = 0) -> None:
         guide.check_scores = check_scores
         last_compiled = ready[0]
         jax.block_until_ready(output)
         print(MARK, last_compiled, time.time(), flush=True)
-        return check_scores(output)
+        check_scores(output, first)
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
     guide.check_scores = checked

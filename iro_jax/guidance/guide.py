@@ -216,7 +216,7 @@ class Guide:
                 (padded.tokens, padded.mask),
                 max_new_tokens=self.search.capacity,
             ):
-                check_scores(output)
+                check_scores(output, first=group[number])
                 yield (group[number],), output
 
     def _ending(self, characters: str) -> list[int]:

@@ -387,9 +387,13 @@ def finish(state: SearchState) -> SearchOutput:
     )
 
 
-def check_scores(output: SearchOutput) -> None:
-    """Raises a ValueError that names the prompts of which a score was NaN or infinite."""
-    bad = [int(index) for index in jnp.flatnonzero(output.nonfinite)]
+def check_scores(output: SearchOutput, first: int = 0) -> None:
+    """Raises a ValueError that names the prompts of which a score was NaN or infinite.
+
+    Args:
+      first: the number of the output's first prompt.
+    """
+    bad = [first + int(index) for index in jnp.flatnonzero(output.nonfinite)]
     if bad:
         raise ValueError(
             "A score was NaN or infinite (look for NaN in the value functions' weights and for"

@@ -174,6 +174,8 @@ class Candidates:
 class Trace:
     """The tree that was searched. The candidate c of step s is node `s * U + c`.
 
+    A prompt has no candidates and no competitors in the steps from its `num_steps` on.
+
     Attributes:
       parents: node of the prefix of each row, or `ROOT`, `[S, P, K]`.
       tokens: of the chunks, `[S, P, K, B, L]`.

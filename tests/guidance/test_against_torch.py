@@ -261,6 +261,7 @@ def competitors(output):
         nodes[step, ..., 0] = np.where(done, beams, -1)
         new = trace.new[step]
         nodes[step][new] = (step * width * successors + np.broadcast_to(own, new.shape))[new]
+        nodes[step, step >= output.num_steps] = -1
         beams = np.take_along_axis(nodes[step].reshape(prompts, -1), trace.selected[step], axis=1)
     return nodes.reshape(steps, prompts, -1)
 
@@ -308,7 +309,7 @@ def test_scores_are_those_of_whole_prefixes(make_guide, reuse_finished):
         answers = finalists(output.trace, nodes, CAPACITY)
         return output, answers, search.root(params, prompts, prompt_mask).scores
 
-    output, prefixes, root = jax.device_get(run(params, prompt_keys(1, list("abcd"))))
+    output, prefixes, root = jax.device_get(run(params, prompt_keys(3, list("abcd"))))
     trace = output.trace
     sequences = Sequences.of(prompts, prompt_mask, prefixes)
     at_every_token = guide.values(sequences)
