@@ -5,11 +5,13 @@ What a run decides by lies in its manifest; this is for watching it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tensorboardX import SummaryWriter
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 
 class Metrics:
@@ -33,7 +35,7 @@ class Metrics:
         run_id: str | None = None,
         config: Mapping[str, Any] | None = None,
     ):
-        self._board = SummaryWriter(str(folder))
+        self._folder = folder
         self._wandb: Any = None
         if wandb_project is not None:
             try:
@@ -49,6 +51,13 @@ class Metrics:
                 id=run_id,
             )
 
+    @functools.cached_property
+    def _board(self) -> SummaryWriter:
+        # Imports PyTorch where it is installed, which takes seconds: not before there are numbers.
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._folder))
+
     def write(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
         """Adds a point to the curve `stage/name` of each number."""
         for name, number in numbers.items():
@@ -58,6 +67,7 @@ class Metrics:
         self._board.flush()
 
     def close(self) -> None:
-        self._board.close()
+        if "_board" in vars(self):
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy  # loads `scipy.stats`, which takes half a second, where it is used
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy.typing import ArrayLike
 

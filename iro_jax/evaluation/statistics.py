@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.stats
+import scipy  # loads `scipy.stats`, which takes half a second, where it is used
 from jaxtyping import Float, Shaped
 from numpy.typing import ArrayLike
 

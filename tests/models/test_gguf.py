@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from iro_jax.models import CheckpointError, from_pretrained, save_pretrained
-from iro_jax.models.weights import locate, open_checkpoint
+from iro_jax.models.weights import gguf_file, locate, open_checkpoint
 from tests.models.references import VARIANTS, reference_logits
 
 pytestmark = pytest.mark.slow
@@ -243,13 +243,11 @@ class TestDamage:
     def test_missing_metadata(self, path, field, monkeypatch):
         reader = gguf.GGUFReader(path)
         reader.fields.pop(field)
-        monkeypatch.setattr(gguf, "GGUFReader", lambda _: reader)
+        monkeypatch.setattr(gguf_file, "Reader", lambda _: reader)
         with pytest.raises(CheckpointError, match=r"m\.gguf: the file does not say"):
             from_pretrained(path)
 
     def test_unsupported_type(self, path, monkeypatch):
-        from iro_jax.models.weights import gguf_file
-
         monkeypatch.setattr(gguf_file, "_TYPES", ("Q8_0",))
         with pytest.raises(CheckpointError, match=r"must be stored as one of Q8_0. Got: F32"):
             from_pretrained(path)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from iro_jax.files import sync
 from iro_jax.models.weights.checkpoint import CheckpointError, id_set, read_json
@@ -70,6 +70,9 @@ class SafetensorsFolder:
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         if not any((self.origin / name).exists() for name in _TOKENIZER_FILES):
             return None
+        # Imports PyTorch where it is installed, which takes seconds.
+        from transformers import AutoTokenizer
+
         try:
             return AutoTokenizer.from_pretrained(self.origin, local_files_only=True)
         except Exception as error:
