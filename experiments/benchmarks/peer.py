@@ -90,13 +90,16 @@ class Peer:
         return (states[:, -1] @ head).float()
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> torch.Tensor:
-        """Plain sampling by `transformers`, of prompts of one length."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_samples: int = 1
+    ) -> torch.Tensor:
+        """Plain sampling by `transformers`, of prompts of one length, so many answers to each."""
         tokens = torch.tensor([list(prompt) for prompt in prompts], device=self.policy.device)
         return self.policy.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=True,
+            num_return_sequences=num_samples,
             temperature=0.7,
             top_k=50,
             max_new_tokens=max_new_tokens,
