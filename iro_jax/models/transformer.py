@@ -139,6 +139,10 @@ class Attention(nnx.Module):
         queries = rope_lib.rotate(queries, *rope_tables)
         keys = rope_lib.rotate(keys, *rope_tables)
         queries *= self.config.query_scale
+        # What is kept of a layer is computed at once. XLA would put it off until caches are written
+        # at the end of a chunk, and hold on to every layer's whole product until then.
+        kept = jax.lax.optimization_barrier(jnp.concatenate([keys, values], axis=-2))
+        keys, values = kept[..., :1, :], kept[..., 1:, :]
         return queries, _cache_order(keys), _cache_order(values)
 
     def mix(
