@@ -12,7 +12,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iro_jax.models import Params
-from iro_jax.models.product import product
 
 
 def layer_matmuls(params: Params, x: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
@@ -21,10 +20,10 @@ def layer_matmuls(params: Params, x: Float[Array, "rows D"]) -> Float[Array, "ro
     for layer in layers:
         for room, first, second in (("attention", "qkv", "output"), ("mlp", "up", "down")):
             kernel = layer[room][first]["kernel"].get_value()
-            hidden = product(x, kernel.reshape(-1, x.shape[-1]))
+            hidden = x @ kernel.reshape(x.shape[-1], -1)
             kernel = layer[room][second]["kernel"].get_value()
-            kernel = kernel.reshape(x.shape[-1], -1)
-            x = product(hidden[:, : kernel.shape[1]], kernel)
+            kernel = kernel.reshape(-1, x.shape[-1])
+            x = hidden[:, : kernel.shape[0]] @ kernel
     return x
 
 
@@ -37,7 +36,7 @@ def decode_matmuls(
     def step(_, x):
         x = layer_matmuls(params, x)
         # All logits must be computed for their maximum, which feeds the next step.
-        return x + 1e-6 * jnp.max(product(x, table), axis=-1, keepdims=True)
+        return x + 1e-6 * jnp.max(x @ table.T, axis=-1, keepdims=True)
 
     return lax.fori_loop(0, num_steps, step, x)
 

@@ -92,7 +92,7 @@ def merge_into(params: nnx.State, adapters: Adapters) -> nnx.State:
         for target, adapter in of_layer.items():
             path = ("layers", index, *_PLACES[target], "kernel")
             kernel = flat[path].get_value()
-            change = (adapter.down[0] @ adapter.up[0]).T.reshape(kernel.shape)
+            change = (adapter.down[0] @ adapter.up[0]).reshape(kernel.shape)
             flat[path] = flat[path].replace((kernel + change).astype(kernel.dtype))
     return nnx.from_flat_state(flat)
 

@@ -5,9 +5,8 @@ their parts are there. Modules hold parameters and nothing else: caches come in 
 as values, and `Network` binds modules, caches and parameters into pure functions.
 
 Letters: D embed_dim, V vocab_size, F mlp_dim, H head_dim; kv_heads * group query heads.
-Matrices are stored with their outputs first. Those that read the same input are stored as one, so
-that a decode step reads them in one product: query, key and value as `[kv_heads, group + 2, H, D]`,
-gate and up as `[2, F, D]`.
+Matrices that read the same input are stored as one, so that a decode step reads them in one
+product: query, key and value as `[D, kv_heads, group + 2, H]`, gate and up as `[D, 2, F]`.
 Every parameter carries the logical names of its axes (see `iro_jax.models.sharding`).
 """
 
@@ -26,7 +25,6 @@ from iro_jax.models import rope as rope_lib
 from iro_jax.models.attention import Part, attend
 from iro_jax.models.config import Activation, Layer, TransformerConfig
 from iro_jax.models.lora import Adapter, Target
-from iro_jax.models.product import product
 from iro_jax.models.sharding import spread_batch
 
 AttendFn = Callable[[Array, Sequence[Part], float | None], Array]
@@ -50,10 +48,7 @@ def _constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...]
 
 
 class Projection(nnx.Module):
-    """A linear map from the last `len(inputs)` axes to `outputs`, computed as one product.
-
-    `axes` are the logical names of the kernel's, outputs first.
-    """
+    """A linear map from the last `len(inputs)` axes to `outputs`, computed as one product."""
 
     def __init__(
         self,
@@ -65,16 +60,14 @@ class Projection(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.inputs, self.outputs = inputs, outputs
-        drawn = _normal(rngs, (*inputs, *outputs), ())[...]
-        order = (*range(len(inputs), drawn.ndim), *range(len(inputs)))
-        self.kernel = nnx.Param(drawn.transpose(order), axes=axes)
-        self.bias = _constant(0.0, outputs, axes[: len(outputs)]) if bias else None
+        self.kernel = _normal(rngs, (*inputs, *outputs), axes)
+        self.bias = _constant(0.0, outputs, axes[len(inputs) :]) if bias else None
 
     def __call__(self, x: Array, adapter: Adapter | None = None) -> Array:
         batch = x.shape[: x.ndim - len(self.inputs)]
         rows = x.reshape(math.prod(batch), math.prod(self.inputs))
         kernel = self.kernel[...].astype(x.dtype)
-        y = product(rows, kernel.reshape(math.prod(self.outputs), rows.shape[-1]))
+        y = rows @ kernel.reshape(rows.shape[-1], math.prod(self.outputs))
         if adapter is not None:
             y += adapter.change(rows)
         y = y.reshape(*batch, *self.outputs)
@@ -111,14 +104,14 @@ class Attention(nnx.Module):
         self.qkv = Projection(
             (config.embed_dim,),
             (kv_heads, group + 2, head_dim),
-            ("kv_heads", None, None, None),
+            (None, "kv_heads", None, None),
             bias=config.qkv_bias,
             rngs=rngs,
         )
         self.output = Projection(
             (kv_heads, group, head_dim),
             (config.embed_dim,),
-            (None, "kv_heads", None, None),
+            ("kv_heads", None, None, None),
             bias=config.output_bias,
             rngs=rngs,
         )
@@ -169,12 +162,12 @@ class Mlp(nnx.Module):
         self.up = Projection(
             (config.embed_dim,),
             (branches, config.mlp_dim),
-            (None, "mlp", None),
+            (None, None, "mlp"),
             bias=config.mlp_bias,
             rngs=rngs,
         )
         self.down = Projection(
-            (config.mlp_dim,), (config.embed_dim,), (None, "mlp"), bias=config.mlp_bias, rngs=rngs
+            (config.mlp_dim,), (config.embed_dim,), ("mlp", None), bias=config.mlp_bias, rngs=rngs
         )
 
     def __call__(self, x: Array, up: Adapter | None = None, down: Adapter | None = None) -> Array:
@@ -260,9 +253,12 @@ class Transformer(nnx.Module):
         if self.score_head is not None:
             raise ValueError("This network has no language-model head. Got: config.head='score'")
         table = self.embedding if self.unembedding is None else self.unembedding
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = product(rows, table[...].astype(hidden.dtype), jnp.dtype(jnp.float32))
-        logits = logits.reshape(*hidden.shape[:-1], -1)
+        logits = jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            table[...].astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
         cap = self.config.logit_softcap
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)

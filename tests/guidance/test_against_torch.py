@@ -179,7 +179,7 @@ def merge_adapter(weights, adapters, copy):
 
     def merge(path, kernel):
         change = changes.pop(tuple(key.key for key in path if hasattr(key, "key")), None)
-        return kernel if change is None else kernel + change[copy].T.reshape(kernel.shape)
+        return kernel if change is None else kernel + change[copy].reshape(kernel.shape)
 
     merged = jax.tree_util.tree_map_with_path(merge, weights)
     assert not changes

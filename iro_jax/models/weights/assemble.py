@@ -61,7 +61,7 @@ def _read_piece(checkpoint: Checkpoint, piece: Piece, bounds: Bounds, out: np.nd
     kept = [axis for axis in range(out.ndim) if not _is_integer(piece.slot, axis)]
     target = out[piece.slot]
     view_bounds = [(0, size) for size in piece.view]
-    for view_axis, parameter_axis in enumerate(kept):
+    for parameter_axis, view_axis in zip(kept, piece.order, strict=True):
         if not _is_section(piece.slot, parameter_axis):
             view_bounds[view_axis] = bounds[parameter_axis]
 
@@ -70,13 +70,17 @@ def _read_piece(checkpoint: Checkpoint, piece: Piece, bounds: Bounds, out: np.nd
     row_bytes = max(1, int(np.prod(piece.shape[1:])) * rows_each * 4)
     step = max(1, _BLOCK_BYTES // row_bytes)
     start, stop = view_bounds[0]
+    leading_axis = piece.order.index(0)
     for first in range(start, stop, step):
         last = min(first + step, stop)
         rows = slice(first * rows_each, last * rows_each)
         # Only the first axis of the view is cut while reading rows; the others below.
         columns, inner = _columns(piece, view_bounds)
         tensor = checkpoint.read(piece.name, (rows, *columns))
-        target[first - start : last - start] = tensor.reshape(last - first, *inner)
+        part = tensor.reshape(last - first, *inner).transpose(piece.order)
+        place = [slice(None)] * part.ndim
+        place[leading_axis] = slice(first - start, last - start)
+        target[tuple(place)] = part
 
 
 def _columns(

@@ -23,23 +23,27 @@ ParamPath = tuple[str | int, ...]
 class Piece:
     """One checkpoint tensor inside a parameter.
 
-    With `view` the tensor's shape split up, `parameter[slot] == tensor.reshape(view)`.
+    With `view` the tensor's shape split up, `parameter[slot] == tensor.reshape(view)
+    .transpose(order)`.
 
     Attributes:
       name: the tensor's name in the checkpoint.
       shape: its shape there.
       view: that shape with heads and branches as axes of their own.
+      order: permutation of the view's axes.
       slot: index into the parameter; integers and slices.
     """
 
     name: str
     shape: tuple[int, ...]
     view: tuple[int, ...]
+    order: tuple[int, ...]
     slot: tuple[int | slice, ...]
 
     def extract(self, parameter: np.ndarray) -> np.ndarray:
         """The checkpoint tensor, from the parameter."""
-        return np.ascontiguousarray(parameter[self.slot].reshape(self.shape))
+        part = parameter[self.slot]
+        return np.ascontiguousarray(part.transpose(np.argsort(self.order)).reshape(self.shape))
 
 
 Layout = dict[ParamPath, tuple[Piece, ...]]
@@ -107,12 +111,15 @@ def _qkv(path: ParamPath, config: TransformerConfig, names: WeightNames, prefix:
         ]
 
     def piece(name: str, view: tuple[int, ...], slot: int | slice, suffix: str) -> Piece:
-        inputs = () if suffix == ".bias" else (config.embed_dim,)
+        rows, axes = math.prod(view), tuple(range(len(view)))
+        if suffix == ".bias":
+            return Piece(prefix + name + suffix, (rows,), view, axes, (slice(None), slot))
         return Piece(
             name=prefix + name + suffix,
-            shape=(math.prod(view), *inputs),
-            view=(*view, *inputs),
-            slot=(slice(None), slot),
+            shape=(rows, config.embed_dim),
+            view=(*view, config.embed_dim),
+            order=(len(view), *axes),
+            slot=(slice(None), slice(None), slot),
         )
 
     suffixes = {"kernel": ".weight"} | ({"bias": ".bias"} if config.qkv_bias else {})
@@ -131,22 +138,28 @@ def _mlp(path: ParamPath, config: TransformerConfig, names: WeightNames, prefix:
                 name=f"{prefix}{name}.weight",
                 shape=(hidden, width),
                 view=(hidden, width),
-                slot=(branch,),
+                order=(1, 0),
+                slot=(slice(None), branch),
             )
             for branch, name in enumerate(branches)
         )
     }
     if config.mlp_bias:
         layout[*path, "up", "bias"] = tuple(
-            Piece(f"{prefix}{name}.bias", (hidden,), (hidden,), (branch,))
+            Piece(f"{prefix}{name}.bias", (hidden,), (hidden,), (0,), (branch,))
             for branch, name in enumerate(branches)
         )
     return layout | _linear((*path, "down"), prefix + names.down, (hidden,), width, config.mlp_bias)
 
 
 def _linear(path: ParamPath, name: str, inputs: tuple[int, ...], width: int, bias: bool) -> Layout:
+    view = (width, *inputs)
     kernel = Piece(
-        name=name + ".weight", shape=(width, math.prod(inputs)), view=(width, *inputs), slot=()
+        name=name + ".weight",
+        shape=(width, math.prod(inputs)),
+        view=view,
+        order=(*range(1, len(view)), 0),
+        slot=(),
     )
     layout: Layout = {(*path, "kernel"): (kernel,)}
     if bias:
@@ -162,4 +175,4 @@ def _norm(path: ParamPath, name: str, size: int, kind: str) -> Layout:
 
 
 def _same(name: str, shape: tuple[int, ...]) -> Piece:
-    return Piece(name, shape, shape, ())
+    return Piece(name, shape, shape, tuple(range(len(shape))), ())
