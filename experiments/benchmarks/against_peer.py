@@ -71,6 +71,11 @@ HEADER = (
 ONE, PLAIN = "1 value network", "plain sampling"
 SHARING = 16
 """Sequences of a prompt in plain sampling where prompts are shared: U of the search."""
+flags.register_validator(
+    "samples",
+    lambda samples: all(int(size) > 0 and int(size) % SHARING == 0 for size in samples),
+    message=f"must be multiples of {SHARING}",
+)
 
 
 def scorings(model: Pretrained) -> dict[str, tuple[Callable[[], Scoring], int, int]]:
@@ -89,16 +94,21 @@ def ours(model: Pretrained, search: GuidedSearch, params: object, number: int) -
     return functools.partial(jax.jit(search), *called_with)
 
 
-def matmuls(model: Pretrained, search: GuidedSearch, networks: int, number: int) -> Run:
-    """The products of the same search with the weights of the policy and of so many networks."""
+def matmuls(
+    model: Pretrained,
+    number: int,
+    networks: int = 0,
+    *,
+    candidates: int,
+    chunk_length: int,
+    num_chunks: int = 1,
+) -> Run:
+    """The products of as much work with the weights of the policy and of so many networks."""
     config = model.network.config
     slots = number * bucket_length(_LENGTH.value)
     x = jax.random.normal(jax.random.key(0), (slots, config.embed_dim), jnp.dtype(config.dtype))
     program = functools.partial(
-        search_matmuls,
-        candidates=number * search.beam_width * search.num_successors,
-        chunk_length=search.chunk_length,
-        num_chunks=search.max_steps,
+        search_matmuls, candidates=candidates, chunk_length=chunk_length, num_chunks=num_chunks
     )
     return functools.partial(jax.jit(program), model.params, (model.params,) * networks, x)
 
@@ -127,7 +137,14 @@ def guided_rows(model: Pretrained, name: str, peer: Peer) -> list[tuple[str, ...
     runs: dict[str, Run] = {}
     for size in sizes:
         runs[f"ours {size}"] = ours(model, search, params, size)
-        runs[f"matmuls {size}"] = matmuls(model, search, networks, size)
+        runs[f"matmuls {size}"] = matmuls(
+            model,
+            size,
+            networks,
+            candidates=size * search.beam_width * search.num_successors,
+            chunk_length=search.chunk_length,
+            num_chunks=search.max_steps,
+        )
     runs["peer"] = functools.partial(peer.search, prompt.tolist(), max_new_tokens=_TOKENS.value)
     found = medians(runs, _ROUNDS.value)
     return [
@@ -139,9 +156,10 @@ def guided_rows(model: Pretrained, name: str, peer: Peer) -> list[tuple[str, ...
 def sampling_row(model: Pretrained, size: int, shared: bool, peer: Peer) -> tuple[str, ...]:
     """So many sequences; `SHARING` of them are of one prompt, or each has a prompt of its own."""
     each = SHARING if shared else 1
-    prompts = random_prompts(model.network.config.vocab_size, size // each, _LENGTH.value)
+    number = size // each
+    prompts = random_prompts(model.network.config.vocab_size, number, _LENGTH.value)
     batch = pad_prompts(prompts)
-    keys = prompt_keys(0, [str(index) for index in range(size // each)])
+    keys = prompt_keys(0, [str(index) for index in range(number)])
     program = functools.partial(
         generate,
         model.network,
@@ -150,15 +168,10 @@ def sampling_row(model: Pretrained, size: int, shared: bool, peer: Peer) -> tupl
         max_new_tokens=_TOKENS.value,
         num_samples=each,
     )
-    config = model.network.config
-    slots = batch.tokens.size
-    x = jax.random.normal(jax.random.key(0), (slots, config.embed_dim), jnp.dtype(config.dtype))
-    products = functools.partial(
-        search_matmuls, candidates=size, chunk_length=_TOKENS.value - 1, num_chunks=1
-    )
     runs: dict[str, Run] = {
         "ours": functools.partial(jax.jit(program), model.params, keys, batch.tokens, batch.mask),
-        "matmuls": functools.partial(jax.jit(products), model.params, (), x),
+        # The first token is drawn from what reading the prompts gives.
+        "matmuls": matmuls(model, number, candidates=size, chunk_length=_TOKENS.value - 1),
         "peer": functools.partial(
             peer.generate, [prompt.tolist() for prompt in prompts], _TOKENS.value, each
         ),
