@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from iro_jax.testing import tiny_network
 from iro_jax.values import Head, StackedNetworks, ValueNetwork, ValueParams, stack_networks
@@ -108,7 +109,7 @@ def count(jaxpr, name):
     found = 0
     for equation in jaxpr.eqns:
         found += equation.primitive.name == name
-        found += sum(count(inner, name) for inner in jax.core.jaxprs_in_params(equation.params))
+        found += sum(count(inner, name) for inner in jaxprs_in_params(equation.params))
     return found
 
 
