@@ -17,6 +17,7 @@ from iro_jax.guidance.params import GuidedParams
 from iro_jax.models import Cache, Network, Outputs, Sampling, draw, draw_keys
 from iro_jax.models.cache import inherit
 from iro_jax.models.network import Depth, Want
+from iro_jax.models.sampling import top_tokens
 from iro_jax.models.stop import START, STOPPED
 from iro_jax.search import Chunk, Frontier
 
@@ -240,8 +241,7 @@ class TopTokens(PolicySampler):
         memory: PolicyMemory = frontier.memory
         # What a beam's B slots remember is one and the same.
         logits = self.network.logits(params.policy, memory.hidden[:, :, 0])
-        log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        log_probs, tokens = lax.top_k(log_probs, frontier.open.shape[-1])
+        log_probs, tokens = top_tokens(logits, frontier.open.shape[-1])
         outputs, cache = self.network.decode(
             params.policy,
             memory.cache,

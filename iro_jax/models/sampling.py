@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from iro_jax.models.sharding import automatic_mesh, mesh_axes, partition_spec
 
 if TYPE_CHECKING:
     from kernels import Implementation
+
+PyTree: TypeAlias = Any
 
 # Neighbours of which `top_k` first compares the largest only.
 _GROUP = 64
@@ -102,30 +108,86 @@ def draw(
     chex.assert_rank(logits, keys.ndim + 1)
     if noise is not None:
         chex.assert_equal_shape([logits, noise])
-    logits = logits.astype(jnp.float32)
-    vocabulary = logits.shape[-1]
+        return _draw(keys, logits, sampling, noise)
+    return over_vocabulary(functools.partial(_draw, sampling=sampling), keys, logits)
 
-    def finish(tokens: Array, warped_log_probs: Array, largest: Array) -> Draw:
-        drawn = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        normaliser = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1))
+
+def over_vocabulary(
+    function: Callable[..., PyTree], by_row: PyTree, logits: Float[Array, "*batch V"]
+) -> PyTree:
+    """Calls a function of logits where these lie: no device gets those of the whole vocabulary.
+
+    Args:
+      function: of `by_row`, logits and `axis`: the mesh axis that the vocabulary is split over,
+        whose devices hold neighbouring parts of one size, or None. What it returns, of the
+        batch's leading axes, must be the same on all of these devices.
+      by_row: arrays of the batch's shape.
+      logits: of the policy.
+    """
+    mesh = automatic_mesh()
+    axes = () if mesh is None else mesh_axes("vocab", mesh)
+    if mesh is None or len(axes) != 1 or logits.shape[-1] % mesh.shape[axes[0]]:
+        return function(by_row, logits)
+    names = ("batch", *(None,) * (logits.ndim - 2), "vocab")
+    places = partition_spec(names, logits.shape, mesh)
+    rows = PartitionSpec(*places[:-1])
+    spread = jax.shard_map(
+        functools.partial(function, axis=axes[0]),
+        in_specs=(rows, places),
+        out_specs=rows,
+        check_vma=False,
+    )
+    return spread(by_row, logits)
+
+
+def _draw(
+    keys: Key[Array, "*batch"],
+    logits: Float[Array, "*batch V"],
+    sampling: Sampling,
+    noise: Float[Array, "*batch V"] | None = None,
+    axis: str | None = None,
+) -> Draw:
+    """As `draw`, from all logits or from a device's part of them."""
+    logits = logits.astype(jnp.float32)
+
+    def finish(tokens: Array, drawn: Array, warped_log_probs: Array, largest: Array) -> Draw:
+        if axis is None:
+            drawn = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        normaliser = largest + jnp.log(_total(jnp.exp(logits - largest[..., None]), axis))
         return Draw(tokens.astype(jnp.int32), drawn - normaliser, warped_log_probs)
 
     if sampling.temperature == 0:
-        tokens = _argmax(logits)
-        largest = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return finish(tokens, jnp.zeros_like(largest), largest)
+        tokens, largest = _best(logits, [_token_ids(logits, axis), logits], axis)
+        return finish(tokens, largest, jnp.zeros_like(largest), largest)
 
-    kept, ids = warp(logits, sampling)
+    kept, ids = _warp(logits, sampling, axis)
+    few = _keeps_few(logits, sampling, axis)
     if noise is None:
-        chosen_noise = gumbel_noise(keys, ids)
-    elif ids.shape[-1] == vocabulary:
-        chosen_noise = noise
-    else:
-        chosen_noise = jnp.take_along_axis(noise, ids, axis=-1)
-    best = _argmax(kept + chosen_noise)[..., None]
-    tokens = jnp.take_along_axis(jnp.broadcast_to(ids, kept.shape), best, axis=-1)[..., 0]
-    warped = jnp.take_along_axis(kept, best, axis=-1)[..., 0] - jax.nn.logsumexp(kept, axis=-1)
-    return finish(tokens, warped, sampling.temperature * jnp.max(kept, axis=-1))
+        noise = gumbel_noise(keys, ids)
+    elif few:
+        noise = jnp.take_along_axis(noise, ids, axis=-1)
+    # A few most likely tokens are known to every device.
+    parts = None if few else axis
+    tokens, drawn = _best(kept + noise, [ids, kept], parts)
+    largest = _maximum(kept, parts)
+    warped = drawn - largest - jnp.log(_total(jnp.exp(kept - largest[..., None]), parts))
+    of_logits = sampling.temperature * drawn, warped, sampling.temperature * largest
+    return finish(tokens, *of_logits)
+
+
+def top_tokens(
+    logits: Float[Array, "*batch V"], k: int
+) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
+    """The k most likely tokens in falling order: log-probabilities, f32, and ids."""
+
+    def of_part(_, logits, axis=None):
+        logits = logits.astype(jnp.float32)
+        largest = _maximum(logits, axis)[..., None]
+        shifted = logits - largest
+        log_probs = shifted - jnp.log(_total(jnp.exp(shifted), axis))[..., None]
+        return _top_k(log_probs, k, axis)
+
+    return over_vocabulary(of_part, (), logits)
 
 
 def _fused(keys: Array, logits: Array, sampling: Sampling, kernels: Implementation) -> Draw:
@@ -153,19 +215,28 @@ def warp(
     """
     if sampling.temperature == 0:
         raise ValueError("Greedy decoding has no warped logits. Got: temperature=0")
-    vocabulary = logits.shape[-1]
-    scaled = logits.astype(jnp.float32) / sampling.temperature
-    if sampling.top_k is None or sampling.top_k >= vocabulary:
-        ids = jnp.arange(vocabulary).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return _warp(logits.astype(jnp.float32), sampling)
+
+
+def _warp(logits: Array, sampling: Sampling, axis: str | None = None) -> tuple[Array, Array]:
+    """As `warp`; of a part of the vocabulary where nothing says how many tokens to keep."""
+    scaled = logits / sampling.temperature
+    if not _keeps_few(logits, sampling, axis):
         if sampling.top_p < 1:
-            scaled = _nucleus(scaled, sampling.top_p)
-        return scaled, ids
-    kept, ids = top_k(scaled, sampling.top_k)
+            scaled = _nucleus(scaled, sampling.top_p, axis)
+        return scaled, _token_ids(scaled, axis)
+    assert sampling.top_k is not None
+    kept, ids = _top_k(scaled, sampling.top_k, axis)
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(kept, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         kept = jnp.where(before < sampling.top_p, kept, -jnp.inf)
     return kept, ids
+
+
+def _keeps_few(logits: Array, sampling: Sampling, axis: str | None) -> bool:
+    parts = 1 if axis is None else lax.axis_size(axis)
+    return sampling.top_k is not None and sampling.top_k < logits.shape[-1] * parts
 
 
 def top_k(
@@ -207,7 +278,9 @@ def gumbel_noise(
     return -jnp.log(-jnp.log(uniform))
 
 
-def _nucleus(logits: Float[Array, "*batch V"], top_p: float) -> Float[Array, "*batch V"]:
+def _nucleus(
+    logits: Float[Array, "*batch V"], top_p: float, axis: str | None = None
+) -> Float[Array, "*batch V"]:
     """Top-p over the whole vocabulary, by bisection instead of a sort.
 
     The mass of strictly more likely tokens falls as a token's probability rises, and
@@ -215,14 +288,17 @@ def _nucleus(logits: Float[Array, "*batch V"], top_p: float) -> Float[Array, "*b
     least probability for which it is below top_p. Of the tokens that have just this
     probability, those of the lowest ids stay that the mass still has room for.
     """
-    probabilities = jax.nn.softmax(logits, axis=-1)
+    exponentials = jnp.exp(logits - _maximum(logits, axis)[..., None])
+    probabilities = exponentials / _total(exponentials, axis)[..., None]
     bits = lax.bitcast_convert_type(probabilities, jnp.int32)
+
+    def mass_above(threshold):
+        return _total(jnp.where(bits > threshold, probabilities, 0.0), axis)[..., None]
 
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low) // 2
-        above = jnp.sum(jnp.where(bits > middle, probabilities, 0.0), axis=-1, keepdims=True)
-        enough = above < top_p
+        enough = mass_above(middle) < top_p
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     shape = (*logits.shape[:-1], 1)
@@ -230,21 +306,73 @@ def _nucleus(logits: Float[Array, "*batch V"], top_p: float) -> Float[Array, "*b
     bounds = (jnp.zeros(shape, jnp.int32), jnp.full(shape, one, jnp.int32))
     threshold, _ = lax.fori_loop(0, 31, halve, bounds)
     # Rounding may leave no token at or above the threshold's bits; the most likely one stays.
-    threshold = jnp.minimum(threshold, jnp.max(bits, axis=-1, keepdims=True))
-    above = jnp.sum(jnp.where(bits > threshold, probabilities, 0.0), axis=-1, keepdims=True)
+    threshold = jnp.minimum(threshold, _maximum(bits, axis)[..., None])
     tied = bits == threshold
-    earlier = jnp.cumsum(tied, axis=-1) - 1
-    fits = above + earlier * probabilities < top_p
+    earlier = jnp.cumsum(tied, axis=-1) - 1 + _in_parts_before(tied, axis)
+    fits = mass_above(threshold) + earlier * probabilities < top_p
     return jnp.where((bits > threshold) | (tied & fits), logits, -jnp.inf)
 
 
-def _argmax(x: Float[Array, "*batch n"]) -> Int[Array, "*batch"]:
-    """Index of the largest entry, the lowest one of equals.
+def _token_ids(logits: Float[Array, "*batch V"], axis: str | None) -> Int[Array, "*one V"]:
+    """The ids of logits, `[1, ..., 1, V]`."""
+    ids = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return ids if axis is None else ids + lax.axis_index(axis) * logits.shape[-1]
 
-    `top_k` is a call of its own: XLA on CPU would fuse what computes `x` into the two-valued
-    reduction of `argmax` and then run both without vector instructions.
+
+def _maximum(x: Array, axis: str | None) -> Float[Array, "*batch"]:
+    """Over the last axis, of all parts."""
+    found = jnp.max(x, axis=-1)
+    return found if axis is None else lax.pmax(found, axis)
+
+
+def _total(x: Array, axis: str | None) -> Float[Array, "*batch"]:
+    """Over the last axis, of all parts."""
+    found = jnp.sum(x, axis=-1)
+    return found if axis is None else lax.psum(found, axis)
+
+
+def _in_parts_before(
+    marked: Bool[Array, "*batch V"], axis: str | None
+) -> int | Int[Array, "*batch 1"]:
+    """How many tokens are marked in the parts of lower ids."""
+    if axis is None:
+        return 0
+    counts = lax.all_gather(jnp.sum(marked, axis=-1), axis)
+    before = jnp.arange(lax.axis_size(axis)) < lax.axis_index(axis)
+    return jnp.tensordot(before.astype(counts.dtype), counts, 1)[..., None]
+
+
+def _top_k(x: Float[Array, "*batch V"], k: int, axis: str | None) -> tuple[Array, Array]:
+    """`top_k` of all parts: the k largest of every part's k largest, which lie in order of ids."""
+    if axis is None:
+        return top_k(x, k)
+    largest, places = top_k(x, min(k, x.shape[-1]))
+    ids = places + lax.axis_index(axis) * x.shape[-1]
+    largest, ids = lax.all_gather((largest, ids), axis, axis=largest.ndim - 1, tiled=True)
+    largest, places = lax.top_k(largest, k)
+    return largest, jnp.take_along_axis(ids, places, axis=-1)
+
+
+def _best(
+    scores: Float[Array, "*batch n"], of_each: Sequence[Array], axis: str | None
+) -> list[Array]:
+    """What belongs to the largest score, the first of equals.
+
+    `top_k` is a call of its own: XLA on CPU would fuse what computes the scores into the
+    two-valued reduction of `argmax` and then run both without vector instructions.
     """
-    return lax.top_k(x, 1)[1][..., 0]
+
+    def choose(scores: Array, of_each: Sequence[Array]) -> list[Array]:
+        _, place = lax.top_k(scores, 1)
+        return [
+            jnp.take_along_axis(jnp.broadcast_to(x, scores.shape), place, axis=-1) for x in of_each
+        ]
+
+    found = choose(scores, [*of_each, scores])
+    if axis is not None:
+        *of_parts, best = lax.all_gather(found, axis, axis=scores.ndim - 1, tiled=True)
+        found = choose(best, of_parts)
+    return [x[..., 0] for x in found[: len(of_each)]]
 
 
 def _threefry_bits(

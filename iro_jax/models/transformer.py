@@ -25,7 +25,7 @@ from iro_jax.models import rope as rope_lib
 from iro_jax.models.attention import Part, attend
 from iro_jax.models.config import Activation, Layer, TransformerConfig
 from iro_jax.models.lora import Adapter, Target
-from iro_jax.models.sharding import spread_batch
+from iro_jax.models.sharding import automatic_mesh, spread_batch
 
 AttendFn = Callable[[Array, Sequence[Part], float | None], Array]
 
@@ -67,10 +67,14 @@ class Projection(nnx.Module):
         batch = x.shape[: x.ndim - len(self.inputs)]
         rows = x.reshape(math.prod(batch), math.prod(self.inputs))
         kernel = self.kernel[...].astype(x.dtype)
-        y = rows @ kernel.reshape(rows.shape[-1], math.prod(self.outputs))
+        if automatic_mesh() is None:
+            y = rows @ kernel.reshape(rows.shape[-1], math.prod(self.outputs))
+            y = y.reshape(*batch, *self.outputs)
+        else:
+            # A reshape that hides by which axis a kernel is split would have all of it gathered.
+            y = jnp.tensordot(x, kernel, len(self.inputs))
         if adapter is not None:
-            y += adapter.change(rows)
-        y = y.reshape(*batch, *self.outputs)
+            y += adapter.change(rows).reshape(y.shape)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -104,14 +108,14 @@ class Attention(nnx.Module):
         self.qkv = Projection(
             (config.embed_dim,),
             (kv_heads, group + 2, head_dim),
-            (None, "kv_heads", None, None),
+            ("embed", "kv_heads", None, None),
             bias=config.qkv_bias,
             rngs=rngs,
         )
         self.output = Projection(
             (kv_heads, group, head_dim),
             (config.embed_dim,),
-            ("kv_heads", None, None, None),
+            ("kv_heads", None, None, "embed"),
             bias=config.output_bias,
             rngs=rngs,
         )
@@ -162,12 +166,12 @@ class Mlp(nnx.Module):
         self.up = Projection(
             (config.embed_dim,),
             (branches, config.mlp_dim),
-            (None, None, "mlp"),
+            ("embed", None, "mlp"),
             bias=config.mlp_bias,
             rngs=rngs,
         )
         self.down = Projection(
-            (config.mlp_dim,), (config.embed_dim,), ("mlp", None), bias=config.mlp_bias, rngs=rngs
+            (config.mlp_dim,), (config.embed_dim,), ("mlp", "embed"), bias=config.mlp_bias, rngs=rngs
         )
 
     def __call__(self, x: Array, up: Adapter | None = None, down: Adapter | None = None) -> Array:
@@ -233,12 +237,12 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
         vocabulary = (config.vocab_size, config.embed_dim)
-        self.embedding = _normal(rngs, vocabulary, ("vocab", None))
+        self.embedding = _normal(rngs, vocabulary, ("vocab", "embed"))
         self.layers = nnx.List([Block(config, layer, rngs=rngs) for layer in config.layers])
         self.final_norm = Norm(config, config.embed_dim)
         scores = config.head == "score"
         untied = not scores and not config.tied_embeddings
-        self.unembedding = _normal(rngs, vocabulary, ("vocab", None)) if untied else None
+        self.unembedding = _normal(rngs, vocabulary, ("vocab", "embed")) if untied else None
         self.score_head = _normal(rngs, (1, config.embed_dim), (None, None)) if scores else None
 
     def embed(self, tokens: Int[Array, "*batch length"]) -> Float[Array, "*batch length D"]:

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Int
 
 from iro_jax.models import TransformerConfig
 from iro_jax.models.flops import forward_flops
-from iro_jax.models.sharding import RULES
+from iro_jax.models.sharding import num_shards
 from iro_jax.values.fit import Example, FitSettings, Stacked, planned_batches
 
 _READ = ("tokens", "states", "next_states", "next_probabilities")
@@ -115,7 +115,7 @@ def packing_for(
     if "states" in train[0]:
         return Packing(1, max(int(part.sum()) for part in parts), settings.micro_batches)
     longest = max(int(part.max()) for part in parts)
-    share = jax.sharding.get_abstract_mesh().shape.get(RULES["batch"], 1)
+    share = num_shards("batch", jax.sharding.get_abstract_mesh())
 
     def of_slots(slots: int) -> Packing:
         rows = max(_first_fit(part, slots)[1] for part in parts)
