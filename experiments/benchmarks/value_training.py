@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
     update = update_fn(objective, optimizer, settings.micro_batches)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), objective.initial(function.params))
     layouts: dict[str, Any] = {"padded": dict, "packed": packing}
-    states = {name: (params, optimizer.init(params)) for name in layouts}
+    # Of each its own: updates consume what they are given.
+    states = {name: (jax.tree.map(jnp.copy, params), optimizer.init(params)) for name in layouts}
     work = dict.fromkeys(layouts, Work())
     seconds: dict[str, list[float]] = {name: [] for name in layouts}
     losses = {}

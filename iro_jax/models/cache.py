@@ -31,11 +31,11 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from iro_jax.models.config import TransformerConfig
-from iro_jax.models.sharding import RULES, Rules, named_sharding
+from iro_jax.models.sharding import RULES, Rules, automatic_mesh, partition_spec, pin
 
 EMPTY = -1
 
@@ -84,23 +84,31 @@ class CachePart:
         kv_heads = math.prod(stored.shape[:-2]) // math.prod(lead)
         return stored.reshape(*lead, kv_heads, slots, head_dim)
 
-    def shardings(self, mesh: Mesh, rules: Rules = RULES) -> CachePart:
-        """The same structure with a `NamedSharding` for every array (or abstract array)."""
+    def specs(self, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> CachePart:
+        """The same structure with a `PartitionSpec` for every array (or abstract array)."""
         lead = self.lengths.shape
         axes = ("batch",) + (None,) * (len(lead) - 1)
 
-        def plain(x: Array) -> NamedSharding:
-            names = (*axes, None)[: x.ndim]
-            return named_sharding(names, x.shape, mesh, rules)
+        def plain(x: Array) -> PartitionSpec:
+            return partition_spec((*axes, None)[: x.ndim], x.shape, mesh, rules)
 
-        def packed(x: Array) -> NamedSharding:
+        def packed(x: Array) -> PartitionSpec:
             kept = [name for name, size in zip(axes, lead, strict=True) if size > 1]
             heads = ["kv_heads"] * (x.ndim - 2 - len(kept))
-            return named_sharding((*kept, *heads, None, None), x.shape, mesh, rules)
+            return partition_spec((*kept, *heads, None, None), x.shape, mesh, rules)
 
         keys, values = jax.tree.map(packed, (self.keys, self.values))
         rest = jax.tree.map(plain, (self.positions, self.lengths, self.cursor))
         return CachePart(keys, values, *rest)
+
+    def shardings(self, mesh: Mesh, rules: Rules = RULES) -> CachePart:
+        """The same structure with a `NamedSharding` for every array (or abstract array)."""
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(mesh, rules))
+
+    def pinned(self, rules: Rules) -> CachePart:
+        """Itself, kept by the rules on the mesh of `jax.set_mesh`, if there is one."""
+        mesh = automatic_mesh()
+        return self if mesh is None else pin(self, self.specs(mesh, rules))
 
 
 @jax.tree_util.register_dataclass
@@ -136,6 +144,14 @@ class Cache:
             prompt=self.prompt.shardings(mesh, rules),
             beams=self.beams.shardings(mesh, rules),
             chunk=self.chunk.shardings(mesh, rules),
+        )
+
+    def pinned(self, rules: Rules) -> Cache:
+        """Itself, kept by the rules on the mesh of `jax.set_mesh`, if there is one."""
+        return Cache(
+            prompt=self.prompt.pinned(rules),
+            beams=self.beams.pinned(rules),
+            chunk=self.chunk.pinned(rules),
         )
 
     def next_positions(self) -> Int[Array, "P K B"]:

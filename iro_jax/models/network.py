@@ -28,7 +28,7 @@ from iro_jax.models.attention import SLOT_BLOCK, Part, attend
 from iro_jax.models.cache import EMPTY, Cache, CachePart, pack, visible
 from iro_jax.models.config import TransformerConfig
 from iro_jax.models.lora import Adapters
-from iro_jax.models.sharding import RULES, Rules, named_sharding
+from iro_jax.models.sharding import RULES, Rules, tree_shardings
 from iro_jax.models.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -74,10 +74,12 @@ class Network:
       config: of the architecture.
       kernels: what computes the attention of a decoded token: `xla`, or a Pallas kernel; see
         `kernels.Implementation`. On a mesh of several devices it is always XLA.
+      rules: how its weights and caches are split over a mesh.
     """
 
     config: TransformerConfig
     kernels: Implementation = "xla"
+    rules: Rules = RULES
 
     def init(self, key: Array) -> Params:
         """Random parameters in f32: normal with deviation 0.02, norms at one."""
@@ -87,22 +89,17 @@ class Network:
         """Shapes and axis names of the parameters, without the arrays."""
         return _split(self.config)[1]
 
-    def param_shardings(self, mesh: Mesh, rules: Rules = RULES) -> Params:
-        """A `NamedSharding` for every parameter, in the structure of the parameters."""
+    def param_shardings(self, mesh: Mesh, rules: Rules | None = None) -> Params:
+        """A `NamedSharding` for every parameter, in the structure of the parameters.
 
-        def sharding(param):
-            value = param.get_value()
-            return param.replace(
-                named_sharding(param.get_metadata("axes"), value.shape, mesh, rules)
-            )
-
-        return jax.tree.map(
-            sharding, self.abstract_params(), is_leaf=lambda x: isinstance(x, nnx.Variable)
-        )
+        Args:
+          rules: other ones than its own, as for training.
+        """
+        return tree_shardings(self.abstract_params(), mesh, rules or self.rules)
 
     def empty_cache(self, **sizes: int) -> Cache:
         """An empty `Cache`; see `Cache.empty` for the sizes."""
-        return Cache.empty(self.config, **sizes)
+        return Cache.empty(self.config, **sizes).pinned(self.rules)
 
     def forward(
         self,
@@ -174,7 +171,8 @@ class Network:
         if not every_position:
             last = jnp.argmax(positions, axis=-1)[:, None, None]
             stream = [jnp.take_along_axis(x, last, axis=1)[:, 0] for x in stream]
-        return self._outputs(module, stream, want), dataclasses.replace(cache, prompt=prompt)
+        cache = dataclasses.replace(cache, prompt=prompt.pinned(self.rules))
+        return self._outputs(module, stream, want), cache
 
     def decode(
         self,

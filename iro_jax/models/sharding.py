@@ -12,18 +12,24 @@ Networks in one program may be placed by different tables. The mesh has the axes
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import jax
+from flax import nnx
+from flax.core import FrozenDict
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-MeshAxes = str | tuple[str, ...]
-Rules = Mapping[str, MeshAxes]
+PyTree: TypeAlias = Any
+MeshAxes: TypeAlias = str | tuple[str, ...]
+Rules: TypeAlias = FrozenDict[str, MeshAxes]
+"""Hashable, so that a network may be static under `jax.jit` and know how it is placed."""
 
-REPLICATED: Rules = {"batch": ("data", "fsdp")}
-RULES: Rules = {**REPLICATED, "kv_heads": "model", "mlp": "model", "vocab": "model"}
-TRAINING: Rules = {**RULES, "embed": "fsdp"}
+REPLICATED: Rules = FrozenDict({"batch": ("data", "fsdp")})
+RULES: Rules = REPLICATED.copy({"kv_heads": "model", "mlp": "model", "vocab": "model"})
+TRAINING: Rules = RULES.copy({"embed": "fsdp"})
 
 
 def make_mesh(
@@ -110,3 +116,47 @@ def automatic_mesh() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
     return mesh if mesh.size > 1 and automatic else None
+
+
+def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
+    """A `NamedSharding` for every array of a tree, in its structure.
+
+    Parameters that name their axes (`nnx.Variable`) follow the rules; anything else is replicated.
+    """
+
+    def place(node):
+        if not isinstance(node, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
+        value = node.get_value()
+        axes = node.get_metadata().get("axes", (None,) * value.ndim)
+        return node.replace(named_sharding(axes, value.shape, mesh, rules))
+
+    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def pin(tree: PyTree, places: PyTree) -> PyTree:
+    """Keeps arrays where they belong, in programs on a mesh.
+
+    Args:
+      tree: arrays.
+      places: their `PartitionSpec`s, in the same structure.
+    """
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, places)
+
+
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """The mesh of several devices that a tree's first array lies on; None if it does not."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh if sharding.mesh.size > 1 else None
+        return None
+    return None
+
+
+@contextlib.contextmanager
+def where(tree: PyTree) -> Iterator[None]:
+    """In its body, programs run on the mesh that the arrays of a tree, such as weights, lie on."""
+    mesh = mesh_of(tree)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        yield

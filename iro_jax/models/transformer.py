@@ -171,7 +171,11 @@ class Mlp(nnx.Module):
             rngs=rngs,
         )
         self.down = Projection(
-            (config.mlp_dim,), (config.embed_dim,), ("mlp", "embed"), bias=config.mlp_bias, rngs=rngs
+            (config.mlp_dim,),
+            (config.embed_dim,),
+            ("mlp", "embed"),
+            bias=config.mlp_bias,
+            rngs=rngs,
         )
 
     def __call__(self, x: Array, up: Adapter | None = None, down: Adapter | None = None) -> Array:

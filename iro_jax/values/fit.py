@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -24,11 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
 from iro_jax.data import batches
 from iro_jax.models.throughput import Throughput, Work, peak
+from iro_jax.values.placement import Placement, home, keep_placed
 
 PyTree: TypeAlias = Any
 Batch: TypeAlias = Mapping[str, Array]
@@ -160,6 +163,7 @@ def fit(
     on_epoch: Callable[[Epoch], None] | None = None,
     arrange: Callable[[Stacked], Stacked] | None = None,
     count: Callable[[Stacked], Work] | None = None,
+    mesh: Mesh | None = None,
 ) -> Fitted:
     """Minimises an objective.
 
@@ -173,6 +177,9 @@ def fit(
       on_epoch: is told every line of the curve, also those of before a restart.
       arrange: lays every batch out for the objective, in one shape; a function of the batch alone.
       count: what an update with such a batch computes; the bar and the curve then say how fast.
+      mesh: whose devices, those of all hosts, share the work: batches are spread over `data` and
+        `fsdp`, parameters and what belongs to them over `fsdp` and `model`. Every host calls with
+        the same arguments. A checkpoint can be restored onto another mesh.
 
     Raises:
       FitError: a loss or gradient is not finite, or a checkpoint cannot be written, as on a full
@@ -185,8 +192,16 @@ def fit(
         )
     per_epoch = _updates_per_epoch(train, settings)
     optimizer = settings.optimizer(per_epoch * settings.num_epochs)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    state = {"params": params, "optimizer": optimizer.init(params), "best": params}
+    homes = jax.tree.map(home, params)
+    # Copies: updates consume what they are given.
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+    places = Placement(mesh)
+    params, frozen = places.put(params), places.put(frozen)
+    state = {
+        "params": params,
+        "optimizer": places.init(optimizer.init, params),
+        "best": jax.tree.map(jnp.copy, params),
+    }
     update = update_fn(objective, optimizer, settings.micro_batches)
     evaluate = _evaluation(objective, settings.micro_batches)
 
@@ -195,14 +210,16 @@ def fit(
 
     def held_out_loss(params: PyTree, updates: int) -> float:
         loss = _held_out_loss(
-            lambda batch: evaluate(params, frozen, laid_out(batch)), held_out, settings.batch_size
+            lambda batch: evaluate(params, frozen, places.spread(laid_out(batch))),
+            held_out,
+            settings.batch_size,
         )
         if not math.isfinite(loss):
             raise _diverged(updates, folder, f"held-out loss={loss}")
         return loss
 
     stream = _training_batches(train, settings)
-    with _checkpoints(folder) as manager:
+    with places.active(), _checkpoints(folder) as manager:
         curve, stream_state, state = _restore(manager, state)
         if curve:
             stream.set_state(stream_state)
@@ -226,7 +243,7 @@ def fit(
                 begin = time.perf_counter()
                 batch = laid_out(next(stream))
                 state["params"], state["optimizer"], loss, norm = update(
-                    state["params"], state["optimizer"], frozen, batch
+                    state["params"], state["optimizer"], frozen, places.spread(batch)
                 )
                 losses.append(_finite(loss, norm, curve[-1].updates + len(losses) + 1, folder))
                 if compiled and count is not None:
@@ -251,9 +268,9 @@ def fit(
         bar.close()
     if progress and curve[-1].throughput is not None:
         tqdm.write(f"{desc}: {curve[-1].throughput}; peak: {curve[-1].throughput.peak}")
-    if settings.patience is None:
-        return Fitted(state["params"], tuple(curve), curve[-1].epoch)
-    return Fitted(state["best"], tuple(curve), _best(curve).epoch)
+    last = settings.patience is None
+    found = places.fetch(state["params" if last else "best"], homes)
+    return Fitted(found, tuple(curve), curve[-1].epoch if last else _best(curve).epoch)
 
 
 def planned_batches(
@@ -274,17 +291,23 @@ def _training_batches(train: Sequence[Example], settings: FitSettings):
 
 
 def update_fn(objective: Objective, optimizer: optax.GradientTransformation, parts: int):
-    """A compiled update that takes its batch in `parts`, weighted by what they hold."""
+    """A compiled update that takes its batch in `parts`, weighted by what they hold.
 
-    @jax.jit
+    The parameters and the optimizer's state are consumed: the new ones take their place, and lie
+    where they lay.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, state, frozen, batch):
         def of_part(part):
             return jax.value_and_grad(objective)(params, frozen, part)
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         loss, gradient = _mean_over_parts(of_part, zero, batch, parts)
-        changes, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, changes), state, loss, optax.global_norm(gradient)
+        changes, new = optimizer.update(gradient, state, params)
+        new = keep_placed(new)
+        params = keep_placed(optax.apply_updates(params, changes))
+        return params, new, loss, optax.global_norm(gradient)
 
     return update
 

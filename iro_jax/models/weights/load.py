@@ -90,7 +90,7 @@ def from_pretrained(
         kept as stored (f16 and GGUF as f32) and the computation is in the type of the
         embedding.
       mesh: devices to spread the weights over, by `rules`; one device if None.
-      rules: logical axis names to mesh axes.
+      rules: logical axis names to mesh axes; the network keeps to them.
 
     Raises:
       CheckpointError: the checkpoint is incomplete, damaged, of an unknown architecture, or
@@ -112,14 +112,14 @@ def from_pretrained(
     _check_tensors(checkpoint, layout)
     stored = {path: _stored_dtype(checkpoint, pieces) for path, pieces in layout.items()}
     dtypes = stored if dtype is None else dict.fromkeys(layout, dtype)
-    network = Network(config.replace(dtype=dtypes["embedding",]))
+    network = Network(config.replace(dtype=dtypes["embedding",]), rules=rules)
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer is not None:
         check_tokenizer(tokenizer, config.vocab_size, str(checkpoint.origin))
     eos = id_set(checkpoint.eos_ids, tokenizer.eos_token_id if tokenizer is not None else None)
     return Pretrained(
         network=network,
-        params=_load(checkpoint, network, layout, dtypes, mesh, rules),
+        params=_load(checkpoint, network, layout, dtypes, mesh),
         tokenizer=tokenizer,
         eos_ids=eos,
         hf_config=dict(checkpoint.hf_config),
@@ -234,14 +234,13 @@ def _load(
     layout: Layout,
     dtypes: Mapping[ParamPath, str],
     mesh: Mesh | None,
-    rules: Rules,
 ) -> Params:
     abstract = dict(nnx.to_flat_state(network.abstract_params()))
     shardings: dict[ParamPath, Sharding]
     if mesh is None:
         shardings = dict.fromkeys(abstract, SingleDeviceSharding(jax.devices()[0]))
     else:
-        flat = nnx.to_flat_state(network.param_shardings(mesh, rules))
+        flat = nnx.to_flat_state(network.param_shardings(mesh))
         shardings = {path: variable.get_value() for path, variable in flat}
     total = sum(
         variable.size * jnp.dtype(dtypes[path]).itemsize for path, variable in abstract.items()
