@@ -29,11 +29,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from experiments.tasks import Context, Task
+from iro_jax import hosts
 from iro_jax.collect import function_reader
 from iro_jax.data import Prompt
 from iro_jax.evaluation import Reader, wins
 from iro_jax.models import Pretrained, from_pretrained, pad_prompts, render
 from iro_jax.models.network import Depth
+from iro_jax.models.sharding import where
 from iro_jax.rewards import Answer, ClassifierReward
 from iro_jax.values import (
     AnswerTokens,
@@ -180,8 +182,9 @@ def _reward_model(
             f" Fitted to {len(reviews) - held_out} IMDB reviews;"
             f" {accuracies['held_out_accuracy']:.3f} of {held_out} others are told right.\n"
         )
-        shutil.rmtree(folder, ignore_errors=True)
-        save_value(function, folder / "export", card=card)
+        if hosts.first():
+            shutil.rmtree(folder, ignore_errors=True)
+            save_value(function, folder / "export", card=card)
         workdir.finish(_REWARD, accuracies)
     return load_value(folder / "export", backbone=backbone)
 
@@ -204,7 +207,8 @@ def _states(
     for start in range(0, len(texts), rows):
         some = texts[start : start + rows]
         batch = pad_prompts(some, length=longest, rows=rows)
-        states = np.asarray(read(backbone.params, batch.tokens, batch.mask))
+        with where(backbone.params):
+            states = np.asarray(read(backbone.params, batch.tokens, batch.mask))
         for row, text in enumerate(some):
             found.append(states[row, [min(crop, len(text)) - 1 for crop in crops]])
     return np.stack(found)

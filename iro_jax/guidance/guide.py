@@ -56,6 +56,7 @@ from iro_jax.models.generate import (
     name_prompts,
     prompt_keys,
 )
+from iro_jax.models.sharding import run_where, where
 from iro_jax.models.stop import cut, stop_table
 from iro_jax.models.text import check_ids, end_of_turn
 from iro_jax.models.token_bytes import token_bytes
@@ -205,17 +206,20 @@ class Guide:
         """Prompts and what was found for them, on the host, as soon as it is."""
         if self._continuous is None:
             for batch in batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size):
-                yield batch.indices, jax.device_get(self._search_batch(batch))
+                with where(self.params):
+                    output = jax.device_get(self._search_batch(batch))
+                yield batch.indices, output
             return
         for group in bucket_groups(rendered, self.batch_size):
             padded = pad_prompts([rendered[index][0] for index in group])
             keys = prompt_keys(seed, [names[index] for index in group])
-            for number, output in self._continuous(
+            found = self._continuous(
                 self.params,
                 keys,
                 (padded.tokens, padded.mask),
                 max_new_tokens=self.search.capacity,
-            ):
+            )
+            for number, output in run_where(self.params, found):
                 check_scores(output, first=group[number])
                 yield (group[number],), output
 
