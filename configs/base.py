@@ -172,8 +172,10 @@ def pairs_fields(source: str = "") -> ConfigDict:
                 "prompt_field": "prompt",
                 "chosen_field": "chosen",
                 "rejected_field": "rejected",
-                # Where the two fields above are in no order: names the better one, or neither.
+                # Where the two fields above are in no order: says which is better, by one of
+                # two values, or neither.
                 "preferred_field": placeholder(str),
+                "preferred_values": ("chosen", "rejected"),
                 "chat": True,
                 "limit": placeholder(int),
             },

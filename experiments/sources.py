@@ -13,7 +13,7 @@ writes anything, and says which files are missing and which flag points to a cop
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -119,17 +119,32 @@ def check_sources(config: ConfigDict) -> None:
     Raises:
       SourceError: some are not here; one line with the files and the flags of all of them.
     """
+    _check(_models(config), _datasets(config.task))
+
+
+def check_reward_sources(config: ConfigDict) -> None:
+    """Likewise for what a reward model is trained from.
+
+    Raises:
+      SourceError: the backbone or the pairs are not here.
+    """
+    backbone, pairs = value_source(config), config.task.reward.pairs
+    models = () if backbone is None else (backbone,)
+    _check(models, [(dataset_source(pairs, "task.reward.pairs"), pairs)])
+
+
+def _check(models: Iterable[Source], datasets: Iterable[tuple[Source, ConfigDict]]) -> None:
     missing = []
-    for source in _models(config):
+    for source in models:
         try:
             open_checkpoint(source.place)
         except SourceError as error:
             missing.append(str(error))
         except HubError as error:
             missing.append(f"{error}; a local copy: {source.flag}")
-    for source, fields in _datasets(config.task):
+    for source, fields in datasets:
         try:
-            next(rows(source.place, fields.split), None)
+            next(rows(source.place, fields.get("split", "train")), None)
         except SourceError as error:
             missing.append(str(error))
         except MissingSourceError as error:

@@ -54,6 +54,7 @@ def read_pairs(
     chosen_field: str = "chosen",
     rejected_field: str = "rejected",
     preferred_field: str | None = None,
+    preferred_values: Sequence[str] = ("chosen", "rejected"),
     chat: bool = True,
 ) -> list[Pair]:
     """Pairs in the order of the source, which is any that `read_prompts` knows.
@@ -61,8 +62,8 @@ def read_pairs(
     Args:
       prompt_field: holds the prompt, text or messages.
       chosen_field, rejected_field: hold the answers: text, or messages that end in one.
-      preferred_field: holds the name of the field with the better answer; rows in which it names
-        neither of the two are left out.
+      preferred_field: says which answer is better, by the first of `preferred_values` for that of
+        `chosen_field` and the second for the other; rows with any other value are left out.
       chat: text is what a user says to the chat template, not a raw prompt.
 
     Raises:
@@ -73,10 +74,11 @@ def read_pairs(
     fields += [preferred_field] if preferred_field else []
     for place, row in rows(source, split, fields):
         better, worse = chosen_field, rejected_field
-        if preferred_field is not None and row.get(preferred_field) != chosen_field:
-            if row.get(preferred_field) != rejected_field:
+        if preferred_field is not None:
+            if row.get(preferred_field) not in preferred_values:
                 continue
-            better, worse = worse, better
+            if row[preferred_field] == preferred_values[1]:
+                better, worse = worse, better
         try:
             answers = [_text(row, field) for field in (better, worse)]
             conversation = row[prompt_field]

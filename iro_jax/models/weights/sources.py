@@ -110,7 +110,8 @@ def _hub(repo: str, file: str | None, revision: str | None) -> Path:
             )
         )
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        # What else the hub's client says is advice.
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0].partition('. ')[0]}"
         wanted = _CHECKPOINT if file is None else (file,)
         raise HubError(repo, revision, wanted, reason) from error
     # Without access, whatever part of a repository is cached is taken for all of it.
