@@ -88,19 +88,19 @@ def _smollm2(config: ConfigDict) -> ConfigDict:
         section.path = task.get_oneway_ref("path")
     # What comes after them is evaluated on.
     task.train.update(duplicates="drop", limit=1000)
-    task.evaluation.update(duplicates="drop", skip=1200, limit=16, reference_field="reference")
-    task.reward.update(trainable="head", max_tokens=384, held_out=0.2)
+    task.evaluation.update(duplicates="drop", skip=1200, limit=12, reference_field="reference")
+    task.reward.update(trainable="head", max_tokens=256, held_out=0.2)
     task.reward.pairs.update(
         chosen_field="reference",
         rejected_field="ppo_1_3b",
         preferred_field="preferred",
         preferred_values=("reference", "ours"),
         chat=False,
-        limit=120,
+        limit=60,
     )
-    config.search.text_format.update(max_length=256, truncation="left")
+    config.search.text_format.update(max_length=192, truncation="left")
     config.search.update(stop_strings=("\n",), shard_size=8)
-    config.loop.update(num_iterations=2, betas=(1.0, 1.0), prompts_per_iteration=12)
+    config.loop.update(num_iterations=2, betas=(1.0, 1.0), prompts_per_iteration=8)
     config.value.update(layer=16, normalise=True)
     for fit in (config.value.fit, config.value.compression):
         fit.update(learning_rate=3e-3, batch_size=64, num_epochs=30, weight_decay=10.0)

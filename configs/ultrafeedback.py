@@ -21,7 +21,7 @@ run; it may also be trained before, on a machine without the policy:
 untuned models, in `eval.tuned` and `eval.untuned`, do not have the policy's tokenizer: rivals that
 a log-ratio guides are left out.
 
-`:smollm2` is for a machine with nothing: SmolLM2-135M-Instruct and answers of 64 tokens, and for a
+`:smollm2` is for a machine with nothing: SmolLM2-135M-Instruct and answers of 48 tokens, and for a
 reward model a linear head, trained by the run on pairs. A file of pairs (`prompt`, `chosen`,
 `rejected`) and one of prompts to evaluate on (`instruction`, `reference`):
 
@@ -99,12 +99,12 @@ def _smollm2(config: ConfigDict) -> ConfigDict:
         section.split = "train"
     # Its own file has no other prompts; those of the pairs come before.
     task.train.skip = 600
-    task.evaluation.update(source="", reference_field="reference", limit=16)
+    task.evaluation.update(source="", reference_field="reference", limit=12)
     task.reward.update(trainable="head", max_tokens=256, held_out=0.2)
-    task.reward.pairs.limit = 120
-    config.search.text_format.max_length = 192
-    config.search.update(max_new_tokens=64, shard_size=8)
-    config.loop.update(num_iterations=2, betas=(1.0, 2.0), prompts_per_iteration=12)
+    task.reward.pairs.limit = 60
+    config.search.text_format.max_length = 128
+    config.search.update(max_new_tokens=48, shard_size=8)
+    config.loop.update(num_iterations=2, betas=(1.0, 2.0), prompts_per_iteration=8)
     config.value.update(layer=16, normalise=True)
     for fit in (config.value.fit, config.value.compression):
         fit.update(learning_rate=3e-3, batch_size=64, num_epochs=30, weight_decay=10.0)
