@@ -34,7 +34,7 @@ from iro_jax import hosts
 from iro_jax.collect import function_reader
 from iro_jax.data import Prompt
 from iro_jax.evaluation import Reader, wins
-from iro_jax.models import Pretrained, from_pretrained, pad_prompts, render
+from iro_jax.models import Pretrained, pad_prompts, render
 from iro_jax.models.network import Depth
 from iro_jax.models.sharding import where
 from iro_jax.rewards import Answer, ClassifierReward
@@ -150,7 +150,7 @@ def _backbone(context: Context) -> tuple[Pretrained, str]:
     source = value_source(context.config)
     if source is None:
         return context.policy, context.policy_name
-    return from_pretrained(source.place), source.place
+    return context.devices.load(source.place), source.place
 
 
 def _reward_model(

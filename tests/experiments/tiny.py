@@ -48,6 +48,7 @@ def get_config(root: str) -> ConfigDict:
         config.value.backbone = f"{root}/values"
     config.name = "tiny"
     config.policy.name = f"{root}/policy"
+    config.mesh.data = 1
     config.task = ConfigDict(
         {
             "name": "prompts",
