@@ -67,7 +67,8 @@ def build(context: Context) -> Task:
     }
     learned = _learned_reward(context, load) if trains_reward(context.config) else None
     reward_model = load_reward_model(task.reward, "reward", load)
-    if learned is not None and not learned.frozen:
+    if learned is not None and learned.network.head is None:
+        # A network with a score head of its own, as any other reward model.
         reward_model, learned = learned.model, None
     if learned is not None:
         start = learned
