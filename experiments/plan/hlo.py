@@ -1,0 +1,217 @@
+"""Collectives of a compiled program, read from its HLO text.
+
+A program on N devices is one text, which every device runs on its part: shapes are those of a
+device. Loops are followed, so that it is known of every collective which loops it is in and how
+often they turn, where the compiler knows that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d\w*)?)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)"
+    r"|(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+_BODY = re.compile(r"\bbody=%?([\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=\w*mesh\[([^\]]*)\] *\{([^}]*)\}")
+_BITS = re.compile(r"\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of a program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      name: of the instruction.
+      shape: of its result on a device, as the text has it.
+      size: bytes of that.
+      group: numbers of the devices of the first group that takes part together.
+      loops: the bodies of the loops that it is in, from the outside.
+      turns: of all of these loops together; None where the compiler does not know one.
+    """
+
+    kind: str
+    name: str
+    shape: str
+    size: int
+    group: tuple[int, ...]
+    loops: tuple[str, ...] = ()
+    turns: int | None = 1
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends, in rings.
+
+        >>> Collective("all-reduce", "x", "f32[2]", 8, (0, 1, 2, 3)).sent
+        12.0
+        """
+        others = len(self.group) - 1
+        if self.kind == "all-reduce":
+            return 2 * self.size * others / len(self.group)
+        if self.kind == "reduce-scatter":
+            return float(self.size * others)
+        if self.kind in ("all-gather", "all-to-all"):
+            return self.size * others / len(self.group)
+        return float(self.size)
+
+    def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+        """The axes of a mesh that it goes along: in which the members of a group differ."""
+        sizes = tuple(mesh_shape.values())
+        places = [_place(device, sizes) for device in self.group]
+        return tuple(
+            axis
+            for axis, along in zip(mesh_shape, zip(*places, strict=True), strict=True)
+            if len(set(along)) > 1
+        )
+
+
+def collectives(text: str) -> list[Collective]:
+    """Of a whole program. Those among a single device are left out."""
+    entry, computations = _computations(text)
+    return [found for found in _walk(entry, computations, (), 1) if len(found.group) > 1]
+
+
+def shape_bytes(type_text: str) -> list[int]:
+    """Bytes of every array in the type of a result.
+
+    >>> shape_bytes("(bf16[8,128]{1,0:T(8,128)(2,1)}, u32[])")
+    [2048, 4]
+    """
+    return [
+        math.prod(int(size) for size in sizes.split(",") if size) * _bits(kind) // 8
+        for kind, sizes in _SHAPE.findall(type_text)
+    ]
+
+
+def _bits(kind: str) -> int:
+    found = _BITS.search(kind)
+    return int(found[0]) if found else 8
+
+
+def _computations(text: str) -> tuple[str, dict[str, list[re.Match[str]]]]:
+    """The entry's name, and the instructions of every computation."""
+    found: dict[str, list[re.Match[str]]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = found.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif current is not None and (instruction := _INSTRUCTION.match(line)):
+            current.append(instruction)
+    if not entry:
+        raise ValueError(f"The text of a program has an ENTRY. Got: {text[:80]!r}")
+    return entry, found
+
+
+def _walk(
+    name: str,
+    computations: Mapping[str, Sequence[re.Match[str]]],
+    loops: tuple[str, ...],
+    turns: int | None,
+) -> Iterator[Collective]:
+    scattered = name.lstrip("%").startswith("all-reduce-scatter")
+    for instruction in computations[name]:
+        operation, rest = instruction[3], instruction[4]
+        kind = operation.removesuffix("-start")
+        if kind in KINDS:
+            found = _collective(kind, instruction, loops, turns)
+            # What XLA on TPU calls so is a reduction of which each device keeps its share.
+            if scattered and kind == "all-reduce":
+                share = found.size // max(len(found.group), 1)
+                found = dataclasses.replace(found, kind="reduce-scatter", size=share)
+            yield found
+        body = _BODY.search(rest)
+        for one, several in _CALLED.findall(rest):
+            for called in [one] if one else re.findall(r"%?([\w.-]+)", several):
+                if called not in computations or operation in ("reduce", "all-reduce"):
+                    continue
+                if operation == "while" and body and called == body[1]:
+                    known = _TRIPS.search(rest)
+                    together = turns * int(known[1]) if turns and known else None
+                    yield from _walk(called, computations, (*loops, called), together)
+                else:
+                    yield from _walk(called, computations, loops, turns)
+
+
+def _collective(
+    kind: str, instruction: re.Match[str], loops: tuple[str, ...], turns: int | None
+) -> Collective:
+    name, result, operation, rest = instruction.groups()
+    shapes, sizes = _SHAPE.findall(result), shape_bytes(result)
+    chosen = slice(None)
+    if operation == "all-gather-start":  # (operands, results)
+        chosen = slice(len(sizes) // 2, None)
+    elif operation == "collective-permute-start":  # (operand, result, contexts)
+        chosen = slice(1, 2)
+    texts = [f"{kind_}[{shape}]" for kind_, shape in shapes[chosen]]
+    return Collective(kind, name, ", ".join(texts), sum(sizes[chosen]), _group(rest), loops, turns)
+
+
+def _group(rest: str) -> tuple[int, ...]:
+    if listed := _LISTED.search(rest):
+        return tuple(map(int, listed[1].split(",")))
+    if pair := _PAIRS.search(rest):
+        return tuple(map(int, pair.groups()))
+    if iota := _IOTA.search(rest):
+        return _iota_group(*iota.groups())
+    if mesh := _MESH.search(rest):
+        return _mesh_group(*mesh.groups())
+    return ()
+
+
+def _iota_group(groups: str, shape: str, order: str | None) -> tuple[int, ...]:
+    """The first group of `[groups, size]<=[shape]T(order)`: devices counted in another order."""
+    sizes = [int(size) for size in shape.split(",")]
+    axes = list(range(len(sizes))) if order is None else [int(axis) for axis in order.split(",")]
+    length = math.prod(int(size) for size in groups.split(",")[1:])
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    permuted = tuple(sizes[axis] for axis in axes)
+    return tuple(
+        sum(place * strides[axis] for place, axis in zip(_place(i, permuted), axes, strict=True))
+        for i in range(length)
+    )
+
+
+def _mesh_group(mesh: str, along: str) -> tuple[int, ...]:
+    """The first group of `mesh['x'=4,'y'=2] {'y'}`: devices in order, together along axes."""
+    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    chosen = re.findall(r"'(\w+)'", along)
+    sizes = tuple(axes.values())
+    return tuple(
+        device
+        for device in range(math.prod(sizes))
+        if all(
+            place == 0 or axis in chosen
+            for axis, place in zip(axes, _place(device, sizes), strict=True)
+        )
+    )
+
+
+def _place(index: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Of a number counted through an array of these sizes, the last axis fastest."""
+    places = []
+    for size in reversed(sizes):
+        index, place = divmod(index, size)
+        places.append(place)
+    return tuple(reversed(places))
