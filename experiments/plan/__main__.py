@@ -128,8 +128,8 @@ def title(experiment: Experiment, topology: Topology, prompts: int) -> str:
     )
 
 
-def run(config: ConfigDict) -> None:
-    topology = parse_topology(_TOPOLOGY.value)
+def run(config: ConfigDict, topology: Topology) -> None:
+    """Plans a configuration."""
     experiment = describe(config, prompt_tokens=_PROMPT.value, answer_tokens=_ANSWER.value)
     if _LAYERS.value is not None:
         experiment = experiment.truncated(_LAYERS.value)
@@ -147,7 +147,8 @@ def main(argv: list[str]) -> None:
     # libtpu asks a cloud machine's metadata server for its devices, which nobody needs here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     with command.started(argv):
-        run(command.CONFIG.value)
+        assert _TOPOLOGY.value is not None
+        run(command.CONFIG.value, parse_topology(_TOPOLOGY.value))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import Mesh
 
 from experiments.plan.estimate import SearchWork, Work
 from experiments.plan.experiment import Experiment
-from experiments.plan.programs import Search, Update, device_bytes
+from experiments.plan.fits import Update
+from experiments.plan.placing import device_bytes
+from experiments.plan.programs import Search
 from iro_jax.models import TransformerConfig
 from iro_jax.models.flops import forward_flops
 
 
-def counted_work(experiment: Experiment, mesh: AbstractMesh, num_prompts: int) -> SearchWork:
+def counted_work(experiment: Experiment, mesh: Mesh, num_prompts: int) -> SearchWork:
     """As `counts.compiled_work`, for devices without a compiler at hand."""
     search = experiment.search
     candidates = num_prompts * search.beam_width * search.num_successors
@@ -79,7 +81,7 @@ def counted_work(experiment: Experiment, mesh: AbstractMesh, num_prompts: int) -
     return SearchWork(**parts, **_fit(experiment, mesh))
 
 
-def _fit(experiment: Experiment, mesh: AbstractMesh) -> dict[str, Work]:
+def _fit(experiment: Experiment, mesh: Mesh) -> dict[str, Work]:
     settings = experiment.fitting
     update = Update(experiment, mesh)
     rollouts, rows, slots = update.sizes
@@ -104,7 +106,7 @@ def _fit(experiment: Experiment, mesh: AbstractMesh) -> dict[str, Work]:
     return {"gradient": Work(flops, memory, sent), "optimizer": optimizer}
 
 
-def _summed(config: TransformerConfig, tokens: int, mesh: AbstractMesh) -> float:
+def _summed(config: TransformerConfig, tokens: int, mesh: Mesh) -> float:
     """Bytes that a device sends for the sums behind attention and behind the MLP."""
     model = mesh.shape["model"]
     size = tokens / (mesh.size / model) * config.embed_dim * jnp.dtype(config.dtype).itemsize

@@ -18,11 +18,12 @@ class Chip:
     Attributes:
       name: short, as in `--topology`.
       kinds: a pattern of what JAX calls it, its `device_kind`.
-      memory: bytes.
+      memory: bytes that programs can have.
       bandwidth: of its memory, bytes a second.
       flops: dense bf16, a second.
       interconnect: bytes a second that it can send, over all of its links to others.
       source: where the numbers are from.
+      devices: that libtpu plans for on one chip; each has its share of all of this.
     """
 
     name: str
@@ -32,18 +33,30 @@ class Chip:
     flops: float
     interconnect: float
     source: str
+    devices: int = 1
+
+    @property
+    def device(self) -> Chip:
+        """What one of its devices has."""
+        shared = {
+            name: getattr(self, name) / self.devices
+            for name in ("memory", "bandwidth", "flops", "interconnect")
+        }
+        return dataclasses.replace(self, **shared, devices=1)
 
 
 _GIB = 2.0**30
 _TPU = "Google Cloud, TPU system architecture"
 _NVIDIA = "NVIDIA data sheet"
 
-# Interconnects of TPUs are given in both directions together, NVLink's too: half of it is sent.
+# Memory of TPUs is what libtpu 0.0.52 leaves to programs (it says so where one is too large), a
+# little less than on the data sheets. Interconnects of TPUs are given in both directions together,
+# NVLink's too: half of it is sent.
 CHIPS = (
-    Chip("v4", r"^TPU v4\b", 32 * _GIB, 1228e9, 275e12, 150e9, f"{_TPU}, v4"),
-    Chip("v5e", r"^TPU v5( lite|e)\b", 16 * _GIB, 819e9, 197e12, 100e9, f"{_TPU}, v5e"),
-    Chip("v5p", r"^TPU v5p?\b", 95 * _GIB, 2765e9, 459e12, 300e9, f"{_TPU}, v5p"),
-    Chip("v6e", r"^TPU v6( lite|e)\b", 32 * _GIB, 1640e9, 918e12, 200e9, f"{_TPU}, v6e"),
+    Chip("v4", r"^TPU v4\b", 30.5 * _GIB, 1228e9, 275e12, 150e9, f"{_TPU}, v4", devices=2),
+    Chip("v5e", r"^TPU v5( lite|e)\b", 15.75 * _GIB, 819e9, 197e12, 100e9, f"{_TPU}, v5e"),
+    Chip("v5p", r"^TPU v5p?\b", 95.73 * _GIB, 2765e9, 459e12, 300e9, f"{_TPU}, v5p"),
+    Chip("v6e", r"^TPU v6( lite|e)\b", 31.24 * _GIB, 1640e9, 918e12, 200e9, f"{_TPU}, v6e"),
     Chip("a100", r"A100.*80GB", 80e9, 2039e9, 312e12, 300e9, f"{_NVIDIA}, A100 80GB SXM"),
     Chip(
         "h100",
@@ -65,7 +78,7 @@ class Topology:
 
     Attributes:
       name: as it was given, such as `v5p:2x2x4` or `gpu:h100x8`.
-      chip: what they are.
+      chip: what each of them has.
       num_devices: how many.
     """
 
@@ -104,4 +117,5 @@ def parse_topology(name: str) -> Topology:
             "A topology is a TPU slice such as v5p:2x2x4 or GPUs such as gpu:h100x8, of one of the"
             f" chips {known}. Got: {name!r}"
         )
-    return Topology(name, chip, math.prod(map(int, (match[2] or "1").split("x"))))
+    number = math.prod(map(int, (match[2] or "1").split("x")))
+    return Topology(name, chip.device, number * chip.devices)

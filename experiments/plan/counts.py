@@ -13,16 +13,17 @@ from jax.sharding import Mesh
 
 from experiments.plan.estimate import SearchWork, Work
 from experiments.plan.experiment import Experiment
+from experiments.plan.fits import Update
 from experiments.plan.hlo import collectives
 from experiments.plan.programs import (
     Program,
     Search,
-    Update,
     compile_program,
     whole_caches,
 )
 from iro_jax.models import Network
 from iro_jax.models.cache import Cache
+from iro_jax.models.network import Want
 
 DEPTHS = (1, 3)
 """Layers of the networks that are compiled to count."""
@@ -94,7 +95,7 @@ def _prefill(network: Network, params: Any, search: Search) -> Program:
     def read(params, tokens, mask):
         prompts, slots = tokens.shape
         cache = network.empty_cache(num_prompts=prompts, prompt_slots=slots)
-        want = ("score",) if network.config.head == "score" else ("hidden",)
+        want: tuple[Want, ...] = ("score",) if network.config.head == "score" else ("hidden",)
         return network.prefill(params, cache, tokens, mask, want=want)
 
     return compile_program("prefill", read, (params, *search.prompts[:2]), search.mesh)

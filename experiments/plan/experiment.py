@@ -24,7 +24,9 @@ from iro_jax.guidance import (
 )
 from iro_jax.guidance.guide import _slots as bridge_slots
 from iro_jax.models import Network, bucket_length
+from iro_jax.models.config import Head as HeadKind
 from iro_jax.models.lora import init_adapters
+from iro_jax.models.network import Depth
 from iro_jax.models.sharding import REPLICATED, RULES, Rules
 from iro_jax.values import ValueNetwork, ValueParams, ValueSettings
 from iro_jax.values.objectives import ValueObjective
@@ -124,7 +126,7 @@ class Experiment:
             return NoScore()
         if self.on_policy:
             assert self.value.head is not None
-            depth = "hidden" if self.value.layer is None else self.value.layer
+            depth: Depth = "hidden" if self.value.layer is None else self.value.layer
             return PolicyHeads((self.value.head,), (depth,))
         values = ValueSum(self.value_networks(num_values))
         if not self.foreign:
@@ -140,7 +142,7 @@ class Experiment:
 
     def scorer_params(self, num_values: int) -> Any:
         """Abstract parameters of `scorer`, of the types that they are kept in."""
-        betas = jax.ShapeDtypeStruct((num_values,), jnp.float32)
+        betas: Any = jax.ShapeDtypeStruct((num_values,), jnp.float32)
         if not num_values:
             return None
         if self.on_policy:
@@ -221,7 +223,7 @@ def describe(
     on_policy = config.value.backbone == "policy" and fitting.trainable == "head"
     backbone = policy
     if config.value.backbone != "policy":
-        head = "score" if fitting.head is None else None
+        head: HeadKind | None = "score" if fitting.head is None else None
         named = _name(config.value, "backbone")
         backbone = Network(architecture(named, head=head))
     adapters = fitting.trainable == "adapters"

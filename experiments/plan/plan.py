@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import cast
 
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from experiments.plan.chips import Chip, Topology
 from experiments.plan.estimate import Line, SearchWork, largest_batch
 from experiments.plan.experiment import Experiment
+from experiments.plan.fits import Update
+from experiments.plan.placing import device_bytes
 from experiments.plan.programs import (
     Program,
     Search,
     TooLargeError,
-    Update,
-    device_bytes,
     mesh_sizes,
 )
 
@@ -56,15 +57,14 @@ class Largest:
     need: int | None
 
 
-def abstract_mesh(topology: Topology, mesh: dict[str, int]) -> AbstractMesh:
-    """For devices that nothing is compiled for."""
+def abstract_mesh(topology: Topology, mesh: dict[str, int]) -> Mesh:
+    """For devices that nothing is compiled for: it serves for shapes and shardings alone."""
     sizes = mesh_sizes(topology.num_devices, mesh)
-    return AbstractMesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
-    )
+    kinds = (AxisType.Auto,) * len(sizes)
+    return cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds))
 
 
-def held_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh, prompts: int) -> dict[str, int]:
+def held_bytes(experiment: Experiment, mesh: Mesh, prompts: int) -> dict[str, int]:
     """What a guided search with all value functions keeps on a device, by shapes and shardings."""
     search = Search(experiment, mesh, prompts, experiment.num_iterations)
     found = {

@@ -3,11 +3,10 @@
     prefill        `GuidedSearch.root`
     beam step      `iro_jax.search.beam_step`; its two halves where a bridge stands between them
     sampling step  the same without value functions, as of the first rollouts
-    update         `iro_jax.values.fit.update_fn` with the run's objective
 
-Their memory and their collectives are facts of what the compiler has made. FLOPs and bytes it
-counts once for a loop, however often it turns: `costs` are of programs in which no loop turns more
-than once.
+The training step is in `fits`. Memory and collectives are facts of what the compiler has made.
+FLOPs and bytes it counts once for a loop, however often it turns: `counts` compiles programs in
+which no loop turns more than once.
 """
 
 from __future__ import annotations
@@ -24,18 +23,16 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from experiments.plan.experiment import Experiment, weights
+from experiments.plan.placing import place_scorer, place_weights, with_shardings
 from iro_jax.guidance import GuidedParams, GuidedSearch
 from iro_jax.guidance.bridge import Crossing, ForeignPrefix
 from iro_jax.models import attention
 from iro_jax.models.cache import Cache
-from iro_jax.models.sharding import RULES, TRAINING, Rules, make_mesh, named_sharding
+from iro_jax.models.sharding import RULES, Rules, make_mesh, named_sharding
 from iro_jax.search.search import beam_step, expand_beams, select_beams, start
-from iro_jax.values.fit import update_fn
 
 PyTree = Any
 
@@ -152,7 +149,7 @@ class Search:
     """
 
     experiment: Experiment
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh
     num_prompts: int
     num_values: int
     capacity: int | None = None
@@ -278,11 +275,11 @@ class Search:
 
         return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, Cache))
 
-    def integers(self, *shape: int) -> jax.ShapeDtypeStruct:
+    def integers(self, *shape: int) -> Any:
         """An abstract array of prompts' integers, placed."""
         return self._batched(jax.ShapeDtypeStruct(shape, jnp.int32))
 
-    def booleans(self, *shape: int) -> jax.ShapeDtypeStruct:
+    def booleans(self, *shape: int) -> Any:
         """An abstract array of prompts' booleans, placed."""
         return self._batched(jax.ShapeDtypeStruct(shape, jnp.bool_))
 
@@ -291,114 +288,6 @@ class Search:
         names[axis : axis + 1] = ["batch"] if x.ndim > axis else []  # type: ignore[list-item]
         sharding = named_sharding(names, x.shape, self.mesh)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """The training step of a value function, as an abstract call.
-
-    Attributes:
-      experiment: what is run.
-      mesh: where.
-      num_rollouts: of an update; the configured batch if None.
-      parts: in which they are computed; the configured ones if None.
-    """
-
-    experiment: Experiment
-    mesh: Mesh | AbstractMesh
-    num_rollouts: int | None = None
-    parts: int | None = None
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Rollouts, the rows that they are packed into, and the slots of a row."""
-        settings = self.experiment.fitting.fit
-        rollouts = self.num_rollouts or settings.batch_size
-        longest = self.experiment.prompt_tokens + self.experiment.search.max_new_tokens
-        expected = self.experiment.prompt_tokens + self.experiment.answer_tokens
-        parts = self.parts or settings.micro_batches
-        shares = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        rows = -(-rollouts * expected // longest // parts)
-        return rollouts, parts * (-(-rows // shares) * shares), longest
-
-    @property
-    def state(self) -> dict[str, PyTree]:
-        """What is trained and the optimiser's state, abstract and placed."""
-        objective, value = self.experiment.objective(), self.experiment.value
-        params = self.experiment.value_params(value)
-        trained = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), objective.initial(params)
-        )
-        shardings = jax.tree.map(lambda _: self._replicated, trained)
-        if "backbone" in trained:
-            found = value.network.param_shardings(self.mesh, TRAINING)
-            shardings["backbone"] = found
-        trained = with_shardings(trained, shardings)
-        optimizer = self.optimizer
-        state = optax.tree_map_params(
-            optimizer,
-            lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
-            jax.eval_shape(optimizer.init, trained),
-            trained,
-            transform_non_params=lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=self._replicated
-            ),
-        )
-        frozen = objective.frozen(params)
-        if frozen is not None and not self.experiment.on_policy:
-            frozen = place_weights(frozen, value.network, self.mesh, self.experiment.value_rules)
-        if self.experiment.on_policy:
-            frozen = None
-        return {"params": trained, "optimizer": state, "frozen": frozen}
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformation:
-        return self.experiment.fitting.fit.optimizer(100)
-
-    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A packed batch; see `iro_jax.values.packing`."""
-        rollouts, rows, slots = self.sizes
-        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            "prefixes": ((rollouts, slots), jnp.bool_),
-            "reward": ((rollouts,), jnp.float32),
-            "weight": ((rollouts,), jnp.float32),
-        }
-        if self.experiment.fitting.trainable == "head":
-            width = self.experiment.value.network.config.embed_dim
-            shapes["states"] = ((rollouts, slots, width), jnp.float32)
-        else:
-            shapes |= {
-                "first": ((rollouts,), jnp.int32),
-                "tokens": ((rows, slots), jnp.int32),
-                "mask": ((rows, slots), jnp.bool_),
-                "segments": ((rows, slots), jnp.int32),
-            }
-        return {
-            name: jax.ShapeDtypeStruct(
-                shape,
-                dtype,
-                sharding=named_sharding(("batch", *(None,) * (len(shape) - 1)), shape, self.mesh),
-            )
-            for name, (shape, dtype) in shapes.items()
-        }
-
-    def update(self) -> Program:
-        parts = self.parts or self.experiment.fitting.fit.micro_batches
-        update = update_fn(self.experiment.objective(), self.optimizer, parts)
-        state = self.state
-        call = (state["params"], state["optimizer"], state["frozen"], self.batch())
-        return compile_program("value update", update, call, self.mesh)
-
-    def gradient(self) -> Program:
-        """The loss of one part of a batch, and its gradient, alone."""
-        state = self.state
-        gradient = jax.value_and_grad(self.experiment.objective())
-        call = (state["params"], state["frozen"], self.batch())
-        return compile_program("gradient", gradient, call, self.mesh)
-
-    @property
-    def _replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())
 
 
 @contextlib.contextmanager
@@ -413,42 +302,3 @@ def whole_caches() -> Iterator[None]:
         mock.patch.object(attention, "_QUERY_BLOCK", 2**30),
     ):
         yield
-
-
-def place_weights(params: PyTree, network: Any, mesh: Mesh, rules: Rules) -> PyTree:
-    return with_shardings(params, network.param_shardings(mesh, rules))
-
-
-def place_scorer(experiment: Experiment, params: PyTree, mesh: Mesh) -> PyTree:
-    """A scorer's parameters: networks by their rules, heads and adapters on every device."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    everywhere = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), params
-    )
-    if experiment.on_policy:
-        return everywhere
-    network = experiment.value.network
-    networks = tuple(
-        dataclasses.replace(
-            of_one,
-            backbone=place_weights(of_one.backbone, network, mesh, experiment.value_rules),
-        )
-        for of_one in everywhere.networks
-    )
-    return dataclasses.replace(everywhere, networks=networks)
-
-
-def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
-
-
-def device_bytes(tree: PyTree) -> int:
-    """Of placed abstract arrays on one device."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
