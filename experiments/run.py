@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from experiments import command
 from experiments.judging import endpoint_judge, judge_pairs
-from experiments.report import write_page, write_report, write_table
+from experiments.report import write_page, write_report, write_sets, write_table
 from experiments.rivals import Arena, check_rivals, next_states, rivals
 from experiments.settings import loop_settings, search_settings, value_settings
+from experiments.sources import check_sources, policy_source
 from experiments.tasks import Context, build_task
 from iro_jax.collect import Collector, Guidance
 from iro_jax.compare import Comparison, MethodResult
@@ -72,6 +73,7 @@ def run_seed(
         value_settings(config),
         loop_settings(config),
     )
+    check_sources(config)
     check_rivals(config)
     endpoint = endpoint_judge(config)
     fields = config.to_dict()
@@ -81,9 +83,10 @@ def run_seed(
     metrics = Metrics(
         workdir / "tensorboard", wandb_project=wandb, run_id=workdir.run_id, config=fields
     )
-    policy = from_pretrained(config.policy.name, dtype=config.policy.dtype)
+    place = policy_source(config).place
+    policy = from_pretrained(place, dtype=config.policy.dtype)
     assert policy.tokenizer is not None
-    task = build_task(Context(config, policy, config.policy.name, workdir, ledger, progress))
+    task = build_task(Context(config, policy, place, workdir, ledger, progress))
     collector = Collector(
         policy,
         task.reward,
@@ -118,6 +121,7 @@ def run_seed(
     searches |= rivals(Arena(config, policy, task, loop, learned))
     results = comparison(task.evaluation, searches)
     write_report(workdir, ledger, results)
+    write_sets(workdir, [prompt.id for prompt in task.evaluation], task.sets, results)
     judge_pairs(workdir, endpoint, results)
     metrics.close()
     print(f"{folder}: {time.perf_counter() - start:.0f} seconds in this process")

@@ -56,6 +56,7 @@ def value_settings(config: ConfigDict) -> ValueSettings:
     """`config.value`."""
     chosen = config.value.to_dict()
     chosen.pop("backbone")
+    chosen.pop("backbone_path")
     chosen.pop("next_tokens")
     chosen["head"] = value_head(config.value)
     compression = chosen.pop("compression")

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from experiments import command
 from experiments.settings import search_settings
+from experiments.sources import check_sources, policy_source
 from experiments.tasks import Context, Task, build_task
 from experiments.tasks.rewards import build_reward
 from iro_jax import baselines
@@ -216,11 +217,13 @@ def run(config: ConfigDict, folder: Path, *, progress: bool) -> str:
 
 def _bench(config: ConfigDict, folder: Path, progress: bool) -> Bench:
     search = search_settings(config)
+    check_sources(config)
     workdir = Workdir(folder, config.to_dict())
     ledger = Ledger(workdir / "cost.jsonl")
-    policy = from_pretrained(config.policy.name, dtype=config.policy.dtype)
+    place = policy_source(config).place
+    policy = from_pretrained(place, dtype=config.policy.dtype)
     assert policy.tokenizer is not None
-    task = build_task(Context(config, policy, config.policy.name, workdir, ledger, progress))
+    task = build_task(Context(config, policy, place, workdir, ledger, progress))
     search = dataclasses.replace(search, text_format=task.text_format)
     tokens = AnswerTokens(policy.tokenizer, policy, text_format=task.text_format)
     annotators = tuple(
@@ -249,7 +252,7 @@ def _scores(bench: Bench, rollouts: Sequence[Rollout]) -> np.ndarray:
     """By a reward model from pairs, which is a stage of the run."""
     name, folder, config = "reward_model", bench.workdir / "reward_model", bench.config
     if not bench.workdir.done(name):
-        untrained = new_head(bench.policy, Head(), source=config.policy.name)
+        untrained = new_head(bench.policy, Head(), source=policy_source(config).place)
         # From zero, so that the first reward of every text is the same.
         zero = jax.tree.map(jnp.zeros_like, untrained.params.head)
         untrained = untrained.with_params(dataclasses.replace(untrained.params, head=zero))

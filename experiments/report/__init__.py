@@ -7,6 +7,6 @@ page.py      `python -m experiments.report --workdir=DIR`: one HTML file without
 """
 
 from experiments.report.page import write_page
-from experiments.report.tables import write_report, write_table
+from experiments.report.tables import write_report, write_sets, write_table
 
-__all__ = ["write_page", "write_report", "write_table"]
+__all__ = ["write_page", "write_report", "write_sets", "write_table"]

@@ -58,6 +58,29 @@ def write_report(workdir: Workdir, ledger: Ledger, results: Sequence[MethodResul
         logging.warning("The report has no pictures: %s", error)
 
 
+def write_sets(
+    workdir: Workdir,
+    ids: Sequence[str],
+    sets: Mapping[str, Sequence[str]],
+    results: Sequence[MethodResult],
+) -> None:
+    """`report/sets.md`: the mean reward in each set of evaluation prompts, if there are several.
+
+    Args:
+      ids: of the evaluation prompts, in the order of the results.
+      sets: ids by the name of their set.
+    """
+    if not sets:
+        return
+    places = {id: index for index, id in enumerate(ids)}
+    of_set = {name: [places[id] for id in some] for name, some in sets.items()}
+    rows = [
+        (result.name, *(str(bootstrap(result.reward[index])) for index in of_set.values()))
+        for result in results
+    ]
+    write_atomic(workdir / "report" / "sets.md", markdown_table(("method", *of_set), rows))
+
+
 def read_health(
     stages: Mapping[str, Any],
 ) -> tuple[dict[str, Health], dict[str, Drift], dict[str, tuple[list[float], list[float]]]]:

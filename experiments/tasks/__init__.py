@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Task:
       tokens: answers as value functions read them.
       states: of the value functions' backbone, if it is frozen.
       reward_reader: what the reward reads with, for the cost ledger, if that is a network.
+      sets: ids of evaluation prompts by the name of their set, where there are several.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Task:
     states: StateCache | None
     prefix_reward: ValueFunction | None = None
     reward_reader: Reader | None = None
+    sets: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 def value_head(value: ConfigDict) -> Head | None:

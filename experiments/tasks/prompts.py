@@ -2,30 +2,43 @@
 
     config.task = {
         "name": "prompts",
-        "train": {"source": "prompts.jsonl", ...},       see `iro_jax.data.read_prompts`
-        "evaluation": {"source": "more.jsonl", ...},
-        "reward": {"kind": "model", "target": "a-reward-model"},
-        "judge": {"kind": ..., "target": ...} or None,
+        "train": source_fields("prompts.jsonl"),          see `iro_jax.data.read_prompts`
+        "evaluation": source_fields("more.jsonl"),        or several of them, by name
+        "reward": reward_fields("model", "a-reward-model"),
+        "judge": reward_fields(...) or None,
     }
 
 Value functions start from `config.value.backbone`: `policy` and any other language model give a
-fresh head on it; a reward model is taken as it is, head included.
+fresh head on it; a reward model is taken as it is, head included. A reward model that the run
+trains from pairs (`experiments/tasks/preferences.py`) is what they start from, whatever that is.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.sources import (
+    dataset_source,
+    evaluation_sets,
+    trains_reward,
+    value_source,
+)
 from experiments.tasks import Context, Task, value_head
+from experiments.tasks.preferences import open_reward, train_reward
 from experiments.tasks.rewards import build_reward, load_reward_model
-from iro_jax.data import read_prompts
+from iro_jax.collect import function_reader
+from iro_jax.data import Prompt, read_prompts
 from iro_jax.evaluation import Reader
 from iro_jax.models import Pretrained, TextFormat, from_pretrained
 from iro_jax.rewards import Reward
 from iro_jax.values import (
     AnswerTokens,
+    FunctionReward,
     StateCache,
     ValueFunction,
     ValueNetwork,
@@ -33,22 +46,8 @@ from iro_jax.values import (
     new_head,
 )
 
-
-def source_fields(source: str | None = None) -> ConfigDict:
-    """The fields of `config.task.train` and `config.task.evaluation`."""
-    fields = ConfigDict(
-        {
-            "source": "",
-            "prompt_field": "prompt",
-            "id_field": None,
-            "reference_field": None,
-            "split": "train",
-            "limit": None,
-        },
-        type_safe=False,
-    )
-    fields.source = source or ""
-    return fields
+Load = Callable[[str], Pretrained]
+_REWARD = "reward"
 
 
 def build(context: Context) -> Task:
@@ -59,27 +58,93 @@ def build(context: Context) -> Task:
             "task.evaluation says what is evaluated; eval.split has to stay 'test'."
             f" Got: {context.config.eval.split!r}"
         )
-    train = read_prompts(**task.train)
-    evaluation = read_prompts(**task.evaluation)
-    start = start_function(context)
-    reward_model = load_reward_model(task.reward)
+    # What reward and value functions both start from is loaded once.
+    load = functools.cache(from_pretrained)
+    train = _read(task.train, "task.train")
+    sets = {
+        name: _read(fields, f"task.evaluation.{name}" if name else "task.evaluation", name)
+        for name, fields in evaluation_sets(task).items()
+    }
+    learned = _learned_reward(context, load) if trains_reward(context.config) else None
+    reward_model = load_reward_model(task.reward, "reward", load)
+    if learned is not None and not learned.frozen:
+        reward_model, learned = learned.model, None
+    if learned is not None:
+        start = learned
+    elif reward_model is not None and task.reward.kind == "pairs":
+        start = _as_value(reward_model, task.reward.path or str(reward_model.origin))
+    else:
+        start = start_function(context, load)
     text_format = context.text_format(start.model, reward_model)
     tokenizer = context.policy.tokenizer
     assert tokenizer is not None
-    judge: Reward | None = None
-    if task.judge is not None:
-        model = load_reward_model(task.judge)
-        judge = build_reward(task.judge, model, tokenizer, context.text_format(model))
+    fields = value_start(context, start, text_format)
+    if learned is not None:
+        states = fields["states"] or StateCache(learned.model, learned.network.layer)
+        reward: Reward = FunctionReward(learned, fields["tokens"], states)
+        prefix_reward, reader = learned, function_reader(learned)
+    else:
+        reward = build_reward(task.reward, reward_model, tokenizer, text_format)
+        prefix_reward, reader = None, None
+        if reward_model is not None:
+            prefix_reward = _as_value(reward_model, str(reward_model.origin))
+            reader = Reader(reward_model.network.config)
     return Task(
         name="prompts",
         train=train,
-        evaluation=evaluation,
-        reward=build_reward(task.reward, reward_model, tokenizer, text_format),
-        judge=judge,
-        prefix_reward=None if reward_model is None else _as_value(reward_model, task.reward.target),
-        reward_reader=None if reward_model is None else Reader(reward_model.network.config),
-        **value_start(context, start, text_format),
+        evaluation=[prompt for prompts in sets.values() for prompt in prompts],
+        sets={name: [p.id for p in prompts] for name, prompts in sets.items() if name},
+        reward=reward,
+        judge=_judge(context, load),
+        prefix_reward=prefix_reward,
+        reward_reader=reader,
+        **fields,
     )
+
+
+def _read(fields: ConfigDict, field: str, name: str = "") -> list[Prompt]:
+    """The prompts of a section; those of a set have its name before their ids."""
+    chosen = fields.to_dict()
+    chosen.pop("path", None)
+    chosen["source"] = dataset_source(fields, field).place
+    prompts = read_prompts(**chosen)
+    if not name:
+        return prompts
+    return [dataclasses.replace(prompt, id=f"{name}/{prompt.id}") for prompt in prompts]
+
+
+def _judge(context: Context, load: Load) -> Reward | None:
+    spec = context.config.task.judge
+    if spec is None or spec.kind is None:
+        return None
+    model = load_reward_model(spec, "judge", load)
+    tokenizer = context.policy.tokenizer
+    assert tokenizer is not None
+    return build_reward(spec, model, tokenizer, context.text_format(model))
+
+
+def _learned_reward(context: Context, load: Load) -> ValueFunction:
+    """A stage of the run: the reward model is trained, exported, and read back."""
+    config, folder = context.config, context.path(_REWARD)
+    spec, source = config.task.reward, value_source(config)
+    whole = spec.trainable == "all"
+    name = context.policy_name if source is None else source.place
+    shared = None if whole else context.policy if source is None else load(name)
+    if not context.workdir.done(_REWARD):
+        place = dataset_source(spec.pairs, "task.reward.pairs").place
+        with context.ledger.measure(_REWARD, "fit", "training"):
+            facts = train_reward(
+                spec,
+                place,
+                shared or from_pretrained(name, dtype="float32"),
+                folder,
+                name=name,
+                layer=config.value.layer,
+                seed=config.seed,
+                progress=context.progress,
+            )
+        context.workdir.finish(_REWARD, facts)
+    return open_reward(folder, shared)
 
 
 def value_start(context: Context, start: ValueFunction, text_format: TextFormat) -> dict[str, Any]:
@@ -93,19 +158,22 @@ def value_start(context: Context, start: ValueFunction, text_format: TextFormat)
     }
 
 
-def start_function(context: Context) -> ValueFunction:
-    """What V_0 starts from."""
-    chosen = context.config.value
-    policy = chosen.backbone in ("policy", context.policy_name)
-    model = context.policy if policy else from_pretrained(chosen.backbone)
-    source = context.policy_name if policy else chosen.backbone
+def start_function(context: Context, load: Load = from_pretrained) -> ValueFunction:
+    """What V_0 starts from.
+
+    Args:
+      load: opens a model.
+    """
+    chosen, found = context.config.value, value_source(context.config)
+    model = context.policy if found is None else load(found.place)
+    source = context.policy_name if found is None else found.place
     if model.network.config.head == "score":
         return _as_value(model, source)
     head = value_head(chosen)
     if head is None:
         raise ValueError(
             "value.head must describe a head, since value.backbone is a language model."
-            f" Got: None, on {chosen.backbone!r}"
+            f" Got: None, on {source!r}"
         )
     return new_head(model, head, layer=chosen.layer, seed=context.config.seed, source=source)
 

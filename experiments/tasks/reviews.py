@@ -28,6 +28,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
+from experiments.sources import value_source
 from experiments.tasks import Context, Task
 from iro_jax.collect import function_reader
 from iro_jax.data import Prompt
@@ -144,10 +145,10 @@ def _prompts(reviews: Sequence[Review], words: int) -> list[Prompt]:
 
 def _backbone(context: Context) -> tuple[Pretrained, str]:
     """What value functions and the reward model read with: the policy, or a model of its own."""
-    name = context.config.value.backbone
-    if name in ("policy", context.policy_name):
+    source = value_source(context.config)
+    if source is None:
         return context.policy, context.policy_name
-    return from_pretrained(name), name
+    return from_pretrained(source.place), source.place
 
 
 def _reward_model(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from experiments.sources import reward_source
 from iro_jax.models import Pretrained, TextFormat, from_pretrained
 from iro_jax.rewards import (
     CallableReward,
@@ -19,17 +21,36 @@ from iro_jax.rewards import (
     VaderReward,
     boxed_answer,
     gsm8k_answer,
+    last_number,
+    worked_answer,
 )
 
-KINDS = ("model", "vader", "boxed", "gsm8k", "constraints", "endpoint", "python")
+KINDS = (
+    "model",
+    "pairs",
+    "vader",
+    "boxed",
+    "gsm8k",
+    "number",
+    "constraints",
+    "endpoint",
+    "python",
+)
 
 
-def load_reward_model(spec: ConfigDict) -> Pretrained | None:
+def load_reward_model(
+    spec: ConfigDict,
+    field: str = "reward",
+    load: Callable[[str], Pretrained] = from_pretrained,
+) -> Pretrained | None:
     """The network of a reward of the kind `model`; None for the others.
 
     Args:
       spec: `kind`, one of `KINDS`, and its `target`: a reward model's name for `model`, a URL for
-        `endpoint`, `module:function` for `python`; nothing for the others.
+        `endpoint`, `module:function` for `python`; nothing for the others. A `path`, if there is
+        one, is a local copy of the model.
+      field: the name of the section.
+      load: opens a model.
 
     Raises:
       ValueError: an unknown kind, or a target that is missing or not needed.
@@ -41,7 +62,8 @@ def load_reward_model(spec: ConfigDict) -> Pretrained | None:
         raise ValueError(
             f"The rewards 'model', 'endpoint', 'python' need a target. Got: {target!r}"
         )
-    return from_pretrained(target) if kind == "model" else None
+    source = reward_source(spec, field)
+    return None if source is None else load(source.place)
 
 
 def build_reward(
@@ -69,8 +91,10 @@ def build_reward(
         return CallableReward(_function(target))
     simple: dict[str, Any] = {
         "vader": VaderReward,
-        "boxed": lambda: ExactMatch(boxed_answer),
+        # References may be worked solutions, boxed or not.
+        "boxed": lambda: ExactMatch(boxed_answer, extract_reference=worked_answer),
         "gsm8k": lambda: ExactMatch(gsm8k_answer),
+        "number": lambda: ExactMatch(last_number, extract_reference=worked_answer),
         "constraints": ConstraintReward,
     }
     return simple[kind]()

@@ -69,7 +69,10 @@ def read_prompts(
     id_field: str | None = None,
     reference_field: str | None = None,
     split: str = "train",
+    skip: int = 0,
     limit: int | None = None,
+    chat: bool = False,
+    system: str | None = None,
     duplicates: Literal["error", "drop"] = "error",
 ) -> list[Prompt]:
     """Reads prompts, in the order of the source.
@@ -77,18 +80,24 @@ def read_prompts(
     Args:
       source: one of
         `FILE.jsonl`: an object a line; blank lines are skipped;
+        `FILE.json`: a list of objects;
         `FILE.csv`: with a header;
         `hf:FOLDER`: what `datasets` saved with `save_to_disk`, or a folder it can load;
         `hf:NAME` or `hf:NAME:CONFIG`: a dataset of the Hugging Face hub;
+        `hf:NAME/FILE.json`: one file of such a dataset, of the kinds above;
         `tfds:NAME` (or `tfds:NAME/CONFIG:VERSION`): from tensorflow-datasets, prepared on
         first use; `tfds:FOLDER`: one that is prepared already, as ArrayRecord.
-        The first two are UTF-8.
+        The first three are UTF-8.
       prompt_field: holds the conversation: text, or messages with `role` and `content`.
       id_field: holds the id, text or an integer. Without one, the id is a digest of the
         conversation: it does not change when the source is reordered or grows.
       reference_field: holds the reference; without one, references are None.
       split: of a dataset; files have no splits.
-      limit: reads only the first `limit` prompts.
+      skip: leaves out so many prompts at the beginning, which another part of a run may use.
+      limit: reads only the first `limit` prompts after these.
+      chat: text is what a user says to the chat template, not a raw prompt.
+      system: what the system says before each conversation that has no such message; needs
+        conversations, or `chat`.
       duplicates: what happens when an id comes again, which, without `id_field`, means the
         same conversation: `error`, or `drop` all but the first. Rows with the same id that
         differ in anything else are an error in either case.
@@ -100,13 +109,18 @@ def read_prompts(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be None or at least 1. Got: {limit}")
+    if skip < 0:
+        raise ValueError(f"skip must be at least 0. Got: {skip}")
     if duplicates not in ("error", "drop"):
         raise ValueError(f"duplicates must be 'error' or 'drop'. Got: {duplicates!r}")
     prompts: dict[str, Prompt] = {}
     places: dict[str, str] = {}
-    for place, row in rows(source, split):
+    fields = [name for name in (prompt_field, id_field, reference_field) if name is not None]
+    for place, row in rows(source, split, list(dict.fromkeys(fields))):
         try:
-            prompt = _prompt(row, prompt_field, id_field, reference_field)
+            conversation = _check_conversation(_field(row, prompt_field))
+            conversation = _as_chat(conversation, chat, system)
+            prompt = _prompt(row, conversation, id_field, reference_field)
         except ValueError as error:
             raise PromptError(f"{place}: {error}") from error
         first = prompts.setdefault(prompt.id, prompt)
@@ -119,11 +133,12 @@ def read_prompts(
                 f"{place}: expected a prompt that did not come before{hint}. "
                 f"Got: {same} as {places[prompt.id]} (id {prompt.id!r})"
             )
-        if len(prompts) == limit:
+        if limit is not None and len(prompts) == skip + limit:
             break
-    if not prompts:
-        raise PromptError(f"{source}: expected at least one prompt. Got: none")
-    return list(prompts.values())
+    if len(prompts) <= skip:
+        after = f" after the first {skip}" if skip else ""
+        raise PromptError(f"{source}: expected at least one prompt{after}. Got: none")
+    return list(prompts.values())[skip:]
 
 
 def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
@@ -183,10 +198,25 @@ def digest(*parts: str | int) -> bytes:
     return hashlib.sha256(json.dumps(plain).encode()).digest()
 
 
+def _as_chat(conversation: Conversation, chat: bool, system: str | None) -> Conversation:
+    """Text as a user's message, if it is one, and messages behind what the system says."""
+    if isinstance(conversation, str):
+        if not chat:
+            if system is not None:
+                raise ValueError("a system prompt needs conversations, or chat=True. Got: raw text")
+            return conversation
+        conversation = ({"role": "user", "content": conversation},)
+    if system is not None and conversation[0]["role"] != "system":
+        return ({"role": "system", "content": system}, *conversation)
+    return conversation
+
+
 def _prompt(
-    row: Mapping[str, Any], prompt_field: str, id_field: str | None, reference_field: str | None
+    row: Mapping[str, Any],
+    conversation: Conversation,
+    id_field: str | None,
+    reference_field: str | None,
 ) -> Prompt:
-    conversation = _check_conversation(_field(row, prompt_field))
     if id_field is None:
         plain = conversation if isinstance(conversation, str) else [dict(m) for m in conversation]
         id = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

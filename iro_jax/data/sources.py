@@ -7,42 +7,69 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
+from huggingface_hub import errors as hub_errors
+
+_HUB_FILE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[\w./-]+\.(jsonl|json|csv))")
 
 
 class PromptError(ValueError):
     """A source of prompts cannot be read; the message names the source and the line or row."""
 
 
+class MissingSourceError(PromptError):
+    """There is nothing to read: no such file, or a dataset that the hub did not give."""
+
+
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 """Rows of a source, each with its place as an error names it."""
 
 
-def rows(source: str, split: str) -> Rows:
+def rows(source: str, split: str, fields: Sequence[str] | None = None) -> Rows:
     """The rows of a source that `read_prompts` knows, one by one.
+
+    Args:
+      fields: those that are needed; reading a dataset's others may take most of the time.
 
     Raises:
       PromptError: as `read_prompts` has it.
       ImportError: the package that the source needs is not installed; names the extra.
     """
     if source.startswith("hf:"):
-        return _dataset_rows(source, _open_huggingface, split)
+        match = _HUB_FILE.fullmatch(source)
+        if match is not None and not Path(source.removeprefix("hf:")).exists():
+            return _file_rows(_hub_file(source, match["repo"], match["file"]))
+        return _dataset_rows(source, _open_huggingface, split, fields)
     if source.startswith("tfds:"):
-        return _dataset_rows(source, _open_tfds, split)
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
-    reader = readers.get(Path(source).suffix.lower())
-    if reader is None:
+        return _dataset_rows(source, _open_tfds, split, fields)
+    if Path(source).suffix.lower() not in _READERS:
         raise PromptError(
-            "A source of prompts must end in .jsonl or .csv, or begin with hf: or tfds:. "
+            f"A source of prompts must end in {', '.join(_READERS)}, or begin with hf: or tfds:. "
             f"Got: {source!r}"
         )
     if not Path(source).is_file():
-        raise PromptError(f"{source}: expected a file with prompts. Got: no such file")
-    return reader(Path(source))
+        raise MissingSourceError(f"{source}: expected a file with prompts. Got: no such file")
+    return _file_rows(Path(source))
+
+
+def _file_rows(path: Path) -> Rows:
+    return _READERS[path.suffix.lower()](path)
+
+
+def _hub_file(source: str, repo: str, file: str) -> Path:
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset"))
+    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+        raise MissingSourceError(
+            f"{source}: the hub did not give the file {file} of the dataset {repo}."
+            f" Got: {type(error).__name__}: {_first_line(error)}"
+        ) from error
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -78,6 +105,23 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _json_rows(path: Path) -> Rows:
+    """A list of objects: one JSON value, so that there are no lines to name."""
+    try:
+        found = json.loads("".join(_lines(path)), parse_constant=_refuse_constant)
+    except ValueError as error:
+        if isinstance(error, PromptError):
+            raise
+        raise PromptError(f"{path}: expected a list of JSON objects. Got: {error}") from error
+    if not isinstance(found, list):
+        raise PromptError(f"{path}: expected a list of JSON objects. Got: {shorten(found)}")
+    for index, row in enumerate(found):
+        place = f"{path}, object {index}"
+        if not isinstance(row, dict):
+            raise PromptError(f"{place}: expected a JSON object. Got: {shorten(row)}")
+        yield place, row
+
+
 def _csv_rows(path: Path) -> Rows:
     reader = csv.reader(_lines(path), strict=True)
     header: list[str] | None = None
@@ -105,8 +149,19 @@ def _csv_rows(path: Path) -> Rows:
             yield place, dict(zip(header, row, strict=True))
 
 
-def _dataset_rows(source: str, open_dataset: Callable[[str, str], Any], split: str) -> Rows:
+_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
+
+
+def _dataset_rows(
+    source: str,
+    open_dataset: Callable[[str, str], Any],
+    split: str,
+    fields: Sequence[str] | None,
+) -> Rows:
     dataset = open_dataset(source, split)
+    columns = getattr(dataset, "column_names", None)
+    if fields is not None and columns is not None and set(fields) <= set(columns):
+        dataset = dataset.select_columns(list(fields))
     for index in range(len(dataset)):
         place = f"{source}, split {split!r}, row {index}"
         try:
@@ -149,9 +204,9 @@ def _open_huggingface(source: str, split: str) -> Any:
     except (ValueError, OSError) as error:
         if isinstance(error, PromptError):
             raise
-        raise PromptError(
-            f"{source}: expected a folder or a dataset of the hub with a split {split!r}. "
-            f"Got: {error}"
+        raise MissingSourceError(
+            f"{source}: expected a folder or a dataset of the hub with a split {split!r}, whose"
+            f" Parquet files are read. Got: {_first_line(error)}"
         ) from error
 
 
@@ -178,6 +233,10 @@ def _open_tfds(source: str, split: str) -> Any:
             f"{source}: expected a dataset of tensorflow-datasets, stored as ArrayRecord, with a "
             f"split {split!r}. Got: {str(error).partition(chr(10))[0]}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def shorten(value: Any) -> str:

@@ -26,6 +26,7 @@ from iro_jax.models.text import (
 )
 from iro_jax.models.weights import (
     CheckpointError,
+    HubError,
     Pretrained,
     from_pretrained,
     save_pretrained,
@@ -41,6 +42,7 @@ __all__ = [
     "Completion",
     "Conversation",
     "Draw",
+    "HubError",
     "Layer",
     "Network",
     "Outputs",

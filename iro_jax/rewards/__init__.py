@@ -11,7 +11,14 @@ from iro_jax.rewards.notation import normalise_answer
 from iro_jax.rewards.process import ProcessReward
 from iro_jax.rewards.token_scores import ScoreFn, TokenScores
 from iro_jax.rewards.types import Answer, Reward, TextAnswer, check_rewards
-from iro_jax.rewards.verifiers import ExactMatch, Extract, boxed_answer, gsm8k_answer, last_number
+from iro_jax.rewards.verifiers import (
+    ExactMatch,
+    Extract,
+    boxed_answer,
+    gsm8k_answer,
+    last_number,
+    worked_answer,
+)
 
 __all__ = [
     "KINDS",
@@ -41,4 +48,5 @@ __all__ = [
     "gsm8k_answer",
     "last_number",
     "normalise_answer",
+    "worked_answer",
 ]

@@ -51,6 +51,12 @@ def gsm8k_answer(text: str, *, or_last_number: bool = False) -> str | None:
     return last_number(text) if or_last_number else None
 
 
+def worked_answer(text: str) -> str | None:
+    r"""What a worked solution ends in: its last `\boxed{}`, or what follows its last `####`."""
+    boxed = boxed_answer(text)
+    return gsm8k_answer(text) if boxed is None else boxed
+
+
 def last_number(text: str) -> str | None:
     """The last number of the text, such as `-1,234.5`, `$20`, `50%` or `1/2`."""
     numbers = [match.group() for match in _NUMBER.finditer(text)]
@@ -67,10 +73,13 @@ class ExactMatch:
     Attributes:
       extract: finds the answer in the text.
       normalise: what is compared; equal for equal answers in different notations.
+      extract_reference: finds the answer in a reference that is a worked solution, where
+        solutions are written in another form than answers; None for `extract`.
     """
 
     extract: Extract = boxed_answer
     normalise: Callable[[str], str] = normalise_answer
+    extract_reference: Extract | None = None
 
     def __call__(
         self, prompts: Sequence[Prompt], answers: Sequence[Answer]
@@ -98,7 +107,8 @@ class ExactMatch:
                 f" Got: {reference!r}"
             )
         written = str(reference)
-        found = self.extract(written) if isinstance(reference, str) else None
+        extract = self.extract_reference or self.extract
+        found = extract(written) if isinstance(reference, str) else None
         wanted = self.normalise(written if found is None else found)
         if not wanted:
             raise ValueError(f"Prompt {prompt.id!r}: the reference says nothing. Got: {written!r}")

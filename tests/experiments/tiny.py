@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs.base import get_base
-from experiments.tasks.prompts import source_fields
+from configs.base import get_base, source_fields
 from iro_jax.models import save_pretrained
 from iro_jax.testing import tiny_pretrained, word_tokenizer
 

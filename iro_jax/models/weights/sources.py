@@ -15,20 +15,43 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from iro_jax.models.weights.checkpoint import Checkpoint, CheckpointError
+from iro_jax.models.weights.checkpoint import Checkpoint, CheckpointError, read_json
 from iro_jax.models.weights.gguf_file import GgufFile
-from iro_jax.models.weights.safetensors_folder import SafetensorsFolder
+from iro_jax.models.weights.safetensors_folder import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    SafetensorsFolder,
+)
 
 _HUB_NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+?)(/(?P<file>[\w./-]+\.gguf))?(@(?P<rev>[\w./-]+))?"
 )
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_WEIGHTS = f"{SINGLE_FILE} (or {INDEX_FILE} and the shards that it lists)"
+_CHECKPOINT = ("config.json", _WEIGHTS, "tokenizer.json", "tokenizer_config.json")
 _GGUF_PART = re.compile(r"(?P<name>.+\.gguf)(\.part(?P<part>\d+))?")
+
+
+class HubError(CheckpointError):
+    """Files of a hub repository that are neither cached nor can be had; the message names them.
+
+    Attributes:
+      files: the missing ones.
+    """
+
+    def __init__(self, repo: str, revision: str | None, files: Sequence[str], reason: str):
+        self.files = tuple(files)
+        of_revision = "" if revision is None else f" of revision {revision!r}"
+        super().__init__(
+            f"{repo!r} is no local folder, and the hub did not give these files{of_revision}:"
+            f" {', '.join(files)} ({reason})"
+        )
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
@@ -78,7 +101,7 @@ def _hub(repo: str, file: str | None, revision: str | None) -> Path:
     try:
         if file is not None:
             return Path(huggingface_hub.hf_hub_download(repo, file, revision=revision))
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(
                 repo,
                 revision=revision,
@@ -87,12 +110,30 @@ def _hub(repo: str, file: str | None, revision: str | None) -> Path:
             )
         )
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
-        wanted = file or f"config.json, *.safetensors and tokenizer files of {repo!r}"
-        raise CheckpointError(
-            f"{repo!r} is not a local folder, and the hub did not give {wanted}"
-            f" ({type(error).__name__}: {str(error).splitlines()[0]})."
-            " Download it elsewhere and pass the path of its folder."
-        ) from error
+        # What else the hub's client says is advice.
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0].partition('. ')[0]}"
+        wanted = _CHECKPOINT if file is None else (file,)
+        raise HubError(repo, revision, wanted, reason) from error
+    # Without access, whatever part of a repository is cached is taken for all of it.
+    missing = _missing(folder)
+    if missing:
+        raise HubError(
+            repo, revision, missing, f"what there is lies in {folder}; pickles are never read"
+        )
+    return folder
+
+
+def _missing(folder: Path) -> list[str]:
+    """Files that a hub repository's folder lacks to be a checkpoint."""
+    if any(folder.glob("*.gguf")):
+        return []
+    missing = [] if (folder / "config.json").exists() else ["config.json"]
+    if (folder / SINGLE_FILE).exists():
+        return missing
+    if not (folder / INDEX_FILE).exists():
+        return [*missing, _WEIGHTS]
+    shards = set(read_json(folder / INDEX_FILE)["weight_map"].values())
+    return [*missing, *sorted(name for name in shards if not (folder / name).exists())]
 
 
 def _installed_package(package: str) -> Path:
