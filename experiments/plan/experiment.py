@@ -27,7 +27,7 @@ from iro_jax.models import Network, bucket_length
 from iro_jax.models.config import Head as HeadKind
 from iro_jax.models.lora import init_adapters
 from iro_jax.models.network import Depth
-from iro_jax.models.sharding import REPLICATED, RULES, Rules
+from iro_jax.models.sharding import REPLICATED, RULES
 from iro_jax.values import ValueNetwork, ValueParams, ValueSettings
 from iro_jax.values.objectives import ValueObjective
 
@@ -43,6 +43,7 @@ class Experiment:
       on_policy: whether values are heads on hidden states that the policy computes anyway.
       foreign: whether values have another tokenizer, so that a bridge drives searches from the
         host.
+      reward: the network that scores answers, if there is one of its own.
       search, fitting: settings of the searches and of the fits.
       num_iterations: T, and so the number of value functions at the end.
       prompts: of an iteration.
@@ -51,7 +52,6 @@ class Experiment:
       prompt_tokens: that there is room for in a prompt.
       answer_tokens: that an answer is expected to have.
       mesh: sizes of the axes `data` (-1 for what the others leave), `fsdp` and `model`.
-      value_rules: how value networks lie on the mesh.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Experiment:
     value: ValueNetwork
     on_policy: bool
     foreign: bool
+    reward: Network | None
     search: SearchSettings
     fitting: ValueSettings
     num_iterations: int
@@ -68,7 +69,6 @@ class Experiment:
     prompt_tokens: int
     answer_tokens: int
     mesh: dict[str, int]
-    value_rules: Rules
 
     @property
     def separate(self) -> bool:
@@ -95,6 +95,7 @@ class Experiment:
         return dataclasses.replace(
             self,
             policy=short(self.policy),
+            reward=None if self.reward is None else short(self.reward),
             value=dataclasses.replace(value, network=short(value.network), layer=layer),
         )
 
@@ -220,12 +221,13 @@ def describe(
     """
     search, loop, fitting = search_settings(config), loop_settings(config), value_settings(config)
     policy = Network(architecture(_name(config.policy), dtype=config.policy.dtype, head="logits"))
+    rules = REPLICATED if config.mesh["values"] == "replicated" else RULES
     on_policy = config.value.backbone == "policy" and fitting.trainable == "head"
     backbone = policy
     if config.value.backbone != "policy":
         head: HeadKind | None = "score" if fitting.head is None else None
         named = _name(config.value, "backbone")
-        backbone = Network(architecture(named, head=head))
+        backbone = Network(architecture(named, head=head), rules=rules)
     adapters = fitting.trainable == "adapters"
     value = ValueNetwork(backbone, fitting.head, fitting.layer, adapters=adapters)
     if prompt_tokens is None:
@@ -236,6 +238,7 @@ def describe(
         value=value,
         on_policy=on_policy,
         foreign=backbone.config.vocab_size != policy.config.vocab_size,
+        reward=_reward(config, backbone),
         search=search,
         fitting=fitting,
         num_iterations=len(loop.betas),
@@ -245,11 +248,22 @@ def describe(
         prompt_tokens=bucket_length(prompt_tokens),
         answer_tokens=answer_tokens or search.max_new_tokens,
         mesh={axis: config.mesh[axis] for axis in ("data", "fsdp", "model")},
-        value_rules=REPLICATED if config.mesh["values"] == "replicated" else RULES,
     )
+
+
+def _reward(config: ConfigDict, backbone: Network) -> Network | None:
+    """The reward model, if it is a network that stays in memory beside the value functions."""
+    reward = config.task.get("reward")
+    kind = None if reward is None else reward.get("kind")
+    if kind == "pairs" and reward.trainable == "all":
+        return backbone
+    if kind == "model":
+        named = reward.get("path") or reward.target
+        return Network(architecture(named, head="score"), rules=backbone.rules)
+    return None
 
 
 def _name(section: ConfigDict, field: str = "name") -> str:
     """The name of a model, or the local path that stands for it."""
-    path = section.get("path")
+    path = section.get("path" if field == "name" else f"{field}_path")
     return path if path else section[field]

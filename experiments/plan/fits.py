@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from experiments.plan.experiment import Experiment
-from experiments.plan.placing import PyTree, place_weights, with_shardings
+from experiments.plan.placing import PyTree, with_shardings
 from experiments.plan.programs import Program, compile_program
-from iro_jax.models.sharding import TRAINING, named_sharding
+from iro_jax.models.sharding import TRAINING, named_sharding, tree_shardings
 from iro_jax.values.fit import update_fn
 
 
@@ -46,35 +46,22 @@ class Update:
         rows = -(-rollouts * expected // longest // parts)
         return rollouts, parts * (-(-rows // shares) * shares), longest
 
-    @property
+    @functools.cached_property
     def state(self) -> dict[str, PyTree]:
-        """What is trained and the optimiser's state, abstract and placed."""
-        objective, value = self.experiment.objective(), self.experiment.value
-        params = self.experiment.value_params(value)
+        """What is trained, the optimiser's state and what is frozen, abstract and placed."""
+        objective = self.experiment.objective()
+        params = self.experiment.value_params(self.experiment.value)
         trained = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), objective.initial(params)
         )
-        shardings = jax.tree.map(lambda _: self._replicated, trained)
-        if "backbone" in trained:
-            found = value.network.param_shardings(self.mesh, TRAINING)
-            shardings["backbone"] = found
-        trained = with_shardings(trained, shardings)
-        optimizer = self.optimizer
-        state = optax.tree_map_params(
-            optimizer,
-            lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
-            jax.eval_shape(optimizer.init, trained),
-            trained,
-            transform_non_params=lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=self._replicated
-            ),
-        )
-        frozen = objective.frozen(params)
-        if frozen is not None and not self.experiment.on_policy:
-            frozen = place_weights(frozen, value.network, self.mesh, self.experiment.value_rules)
-        if self.experiment.on_policy:
-            frozen = None
-        return {"params": trained, "optimizer": state, "frozen": frozen}
+        # Heads on states that were computed before need no backbone.
+        frozen = None if self.experiment.fitting.trainable == "head" else objective.frozen(params)
+        state = {
+            "params": trained,
+            "optimizer": jax.eval_shape(self.optimizer.init, trained),
+            "frozen": frozen,
+        }
+        return with_shardings(state, tree_shardings(state, self.mesh, TRAINING))
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -120,7 +107,3 @@ class Update:
         gradient = jax.value_and_grad(self.experiment.objective())
         call = (state["params"], state["frozen"], self.batch())
         return compile_program("gradient", gradient, call, self.mesh)
-
-    @property
-    def _replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())

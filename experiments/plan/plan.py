@@ -10,9 +10,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from experiments.plan.chips import Chip, Topology
 from experiments.plan.estimate import Line, SearchWork, largest_batch
-from experiments.plan.experiment import Experiment
+from experiments.plan.experiment import Experiment, weights
 from experiments.plan.fits import Update
-from experiments.plan.placing import device_bytes
+from experiments.plan.placing import device_bytes, with_shardings
 from experiments.plan.programs import (
     Program,
     Search,
@@ -70,13 +70,22 @@ def held_bytes(experiment: Experiment, mesh: Mesh, prompts: int) -> dict[str, in
     found = {
         "weights of the policy": device_bytes(search.params.policy),
         "weights of the value functions": device_bytes(search.params.scorer),
+        "weights of the reward model": reward_bytes(experiment, mesh),
     }
     for owner, caches in search.caches.items():
         for part in ("prompt", "beams", "chunk"):
             size = device_bytes([getattr(cache, part) for cache in caches])
             found[f"{owner}: {part} cache"] = size
-    total = device_bytes(search.state) + device_bytes(search.params)
-    return found | {"the rest of the state": total - sum(found.values())}
+    caches = [cache for of_owner in search.caches.values() for cache in of_owner]
+    return found | {"the rest of the state": device_bytes(search.state) - device_bytes(caches)}
+
+
+def reward_bytes(experiment: Experiment, mesh: Mesh) -> int:
+    """Of the reward model's weights on a device."""
+    reward = experiment.reward
+    if reward is None:
+        return 0
+    return device_bytes(with_shardings(weights(reward), reward.param_shardings(mesh)))
 
 
 def search_needs(
@@ -84,24 +93,24 @@ def search_needs(
 ) -> tuple[list[Need], list[Program]]:
     """Of a search with all value functions, or of plain sampling, which needs none of them."""
     search = Search(experiment, mesh, prompts, experiment.num_iterations if guided else 0)
-    weights = device_bytes(search.params)
-    resident = weights + device_bytes(search.state)
+    held = device_bytes(search.params) + reward_bytes(experiment, mesh)
+    resident = held + device_bytes(search.state)
     reading = search.prefill()
     programs = [reading, *search.step()]
     needs = [
-        Need(x.name, weights if x is reading else resident, extra_bytes(x), x.seconds)
+        Need(x.name, held if x is reading else resident, extra_bytes(x), x.seconds)
         for x in programs
     ]
     return needs, programs
 
 
 def update_need(experiment: Experiment, mesh: Mesh) -> tuple[Need, Program]:
-    """Of a fit, beside which the policy and the earlier value functions stay where they are."""
+    """Of a fit, beside which policy, reward and earlier value functions stay where they are."""
     update = Update(experiment, mesh)
     program, state = update.update(), update.state
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     search = Search(experiment, mesh, shares, max(experiment.num_iterations - 1, 0))
-    kept = device_bytes(search.params)
+    kept = device_bytes(search.params) + reward_bytes(experiment, mesh)
     # The best parameters so far are kept beside the current ones.
     resident = kept + device_bytes(state) + device_bytes(state["params"])
     batch = device_bytes(update.batch())

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from experiments.plan.experiment import Experiment, weights
-from experiments.plan.placing import place_scorer, place_weights, with_shardings
+from experiments.plan.placing import with_shardings
 from iro_jax.guidance import GuidedParams, GuidedSearch
 from iro_jax.guidance.bridge import Crossing, ForeignPrefix
 from iro_jax.models import attention
 from iro_jax.models.cache import Cache
-from iro_jax.models.sharding import RULES, Rules, make_mesh, named_sharding
+from iro_jax.models.sharding import RULES, Rules, make_mesh, named_sharding, tree_shardings
 from iro_jax.search.search import beam_step, expand_beams, select_beams, start
 
 PyTree = Any
@@ -92,11 +92,12 @@ def mesh_sizes(num_devices: int, mesh: Mapping[str, int]) -> dict[str, int]:
 
 
 def compile_program(
-    name: str, function: Callable, arguments: tuple, mesh: Mesh, *, donated: tuple[int, ...] = ()
+    name: str, function: Any, arguments: tuple, mesh: Mesh, *, donated: tuple[int, ...] = ()
 ) -> Program:
     """Compiles a function for the devices of a mesh."""
     platform = mesh.devices.flat[0].platform
-    jitted = jax.jit(function, donate_argnums=donated)
+    is_jitted = isinstance(function, jax.stages.Wrapped)
+    jitted = function if is_jitted else jax.jit(function, donate_argnums=donated)
     begin = time.perf_counter()
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
         lowered = jitted.trace(*arguments).lower(
@@ -161,10 +162,12 @@ class Search:
     @functools.cached_property
     def params(self) -> GuidedParams:
         """Abstract parameters, placed as a run places them."""
+        rules = self.experiment.value.network.rules
+        policy = weights(self.guided.policy)
         scorer = self.experiment.scorer_params(self.num_values)
         return GuidedParams(
-            place_weights(weights(self.guided.policy), self.guided.policy, self.mesh, RULES),
-            None if scorer is None else place_scorer(self.experiment, scorer, self.mesh),
+            with_shardings(policy, tree_shardings(policy, self.mesh, self.guided.policy.rules)),
+            with_shardings(scorer, tree_shardings(scorer, self.mesh, rules)),
         )
 
     @functools.cached_property
@@ -200,7 +203,7 @@ class Search:
         state = jax.eval_shape(first, self.params, self.keys, *self.prompts)
         trace = jax.tree.map(lambda x: self._batched(x, axis=1), state.trace)
         placed = self._placed(dataclasses.replace(state, trace=None))
-        rules = self.experiment.value_rules
+        rules = self.experiment.value.network.rules
         return dataclasses.replace(
             placed, trace=trace, score_memory=self._placed(state.score_memory, rules)
         )

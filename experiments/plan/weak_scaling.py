@@ -72,10 +72,6 @@ def programs(experiment: Experiment, topology: str, prompts: int) -> Iterator[tu
         yield program, dict(mesh.shape)
 
 
-def _program(row: tuple[str, ...]) -> str:
-    return row[0]
-
-
 def main(argv: list[str]) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     with command.started(argv):
@@ -109,7 +105,8 @@ def main(argv: list[str]) -> None:
             f" for each {_MODEL.value} chips, fsdp={_FSDP.value}, {datetime.date.today()}, JAX"
             f" {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}\n"
         )
-        print(markdown_table(HEADER, sorted(rows, key=_program)))
+        rows.sort(key=lambda row: row[0])
+        print(markdown_table(HEADER, rows))
 
 
 if __name__ == "__main__":
