@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import logging
 import os
 
 import jax
@@ -33,6 +34,7 @@ from experiments.plan.plan import (
     search_needs,
     stages,
     update_need,
+    whole_bytes,
 )
 from experiments.plan.programs import Program, TooLargeError, mesh_sizes, topology_mesh
 
@@ -77,7 +79,10 @@ def plan_tpu(experiment: Experiment, topology: Topology, prompts: int, *, larges
         ]
         print(f"\n{tables.largest_table(found)}\n")
     print("\n## Collectives of the compiled programs\n")
-    print(tables.collectives_table(programs, dict(mesh.shape)), flush=True)
+    print(tables.collectives_table(programs, dict(mesh.shape)))
+    searching = [program for program in programs if program.name != "value update"]
+    whole = whole_bytes(experiment, mesh, prompts)
+    print(f"\n{tables.gathers_line(searching, whole)}", flush=True)
     work = compiled_work(experiment, mesh, prompts)
     source = "Counted by the compiler in programs without loops, at two depths, and continued."
     print_times(experiment, topology, prompts, work, source)
@@ -146,6 +151,7 @@ def run(config: ConfigDict, topology: Topology) -> None:
 def main(argv: list[str]) -> None:
     # libtpu asks a cloud machine's metadata server for its devices, which nobody needs here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with command.started(argv):
         assert _TOPOLOGY.value is not None
         run(command.CONFIG.value, parse_topology(_TOPOLOGY.value))

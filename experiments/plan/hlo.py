@@ -33,7 +33,11 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"replica_groups=\w*mesh\[([^\]]*)\] *\{([^}]*)\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+_ALL = re.compile(r"replica_groups=\{\}")
+_PARTITIONS = re.compile(r"\bnum_partitions=(\d+)")
 _BITS = re.compile(r"\d+")
 
 
@@ -89,7 +93,13 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """Of a whole program. Those among a single device are left out."""
     entry, computations = _computations(text)
-    return [found for found in _walk(entry, computations, (), 1) if len(found.group) > 1]
+    partitions = _PARTITIONS.search(text)
+    everybody = tuple(range(int(partitions[1]) if partitions else 1))
+    found = (
+        dataclasses.replace(one, group=one.group or everybody)
+        for one in _walk(entry, computations, (), 1)
+    )
+    return [one for one in found if len(one.group) > 1]
 
 
 def shape_bytes(type_text: str) -> list[int]:
@@ -169,43 +179,55 @@ def _collective(
 
 
 def _group(rest: str) -> tuple[int, ...]:
+    """The first group of devices; nobody where all of them are one."""
     if listed := _LISTED.search(rest):
         return tuple(map(int, listed[1].split(",")))
     if pair := _PAIRS.search(rest):
         return tuple(map(int, pair.groups()))
     if iota := _IOTA.search(rest):
-        return _iota_group(*iota.groups())
+        groups, shape, order = iota.groups()
+        return _iota(shape, order)[: math.prod(_numbers(groups)[1:])]
     if mesh := _MESH.search(rest):
         return _mesh_group(*mesh.groups())
-    return ()
+    if _ALL.search(rest):
+        return ()
+    raise ValueError(f"Groups of devices in a form that is not known. Got: {rest[:200]}")
 
 
-def _iota_group(groups: str, shape: str, order: str | None) -> tuple[int, ...]:
-    """The first group of `[groups, size]<=[shape]T(order)`: devices counted in another order."""
-    sizes = [int(size) for size in shape.split(",")]
-    axes = list(range(len(sizes))) if order is None else [int(axis) for axis in order.split(",")]
-    length = math.prod(int(size) for size in groups.split(",")[1:])
+def _iota(shape: str, order: str | None) -> tuple[int, ...]:
+    """`[shape]T(order)`: numbers counted through an array, read in another order of its axes."""
+    sizes = _numbers(shape)
+    axes = list(range(len(sizes))) if order is None else _numbers(order)
     strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     permuted = tuple(sizes[axis] for axis in axes)
     return tuple(
         sum(place * strides[axis] for place, axis in zip(_place(i, permuted), axes, strict=True))
-        for i in range(length)
+        for i in range(math.prod(sizes))
     )
 
 
-def _mesh_group(mesh: str, along: str) -> tuple[int, ...]:
-    """The first group of `mesh['x'=4,'y'=2] {'y'}`: devices in order, together along axes."""
-    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
-    chosen = re.findall(r"'(\w+)'", along)
-    sizes = tuple(axes.values())
-    return tuple(
-        device
-        for device in range(math.prod(sizes))
-        if all(
-            place == 0 or axis in chosen
-            for axis, place in zip(axes, _place(device, sizes), strict=True)
-        )
-    )
+def _mesh_group(axes: str, shape: str | None, order: str | None, along: str) -> tuple[int, ...]:
+    """The first group of `mesh['x'=4,'y'=2] {'y'}`: together along an axis, or a part of one.
+
+    `'x':(2)2` is the part of `x` that has two steps, within each of two halves.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    number = math.prod(sizes.values())
+    devices = _iota(shape or str(number), order)
+    parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)
+
+    def is_first(index: int) -> bool:
+        places = dict(zip(sizes, _place(index, tuple(sizes.values())), strict=True))
+        for name, before, size in parts:
+            step = sizes[name] // (int(before) * int(size)) if before else 1
+            places[name] -= places[name] // step % int(size or sizes[name]) * step
+        return not any(places.values())
+
+    return tuple(devices[index] for index in range(number) if is_first(index))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _place(index: int, sizes: Sequence[int]) -> tuple[int, ...]:

@@ -6,12 +6,15 @@ import dataclasses
 import math
 from typing import cast
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from experiments.plan.chips import Chip, Topology
 from experiments.plan.estimate import Line, SearchWork, largest_batch
 from experiments.plan.experiment import Experiment, weights
 from experiments.plan.fits import Update
+from experiments.plan.hlo import Collective, collectives
 from experiments.plan.placing import device_bytes, with_shardings
 from experiments.plan.programs import (
     Program,
@@ -121,6 +124,43 @@ def update_need(experiment: Experiment, mesh: Mesh) -> tuple[Need, Program]:
 def extra_bytes(program: Program) -> int:
     found = program.memory
     return found["outputs"] + found["temporaries"] + found["code"]
+
+
+def whole_bytes(experiment: Experiment, mesh: Mesh, prompts: int) -> dict[str, int]:
+    """What no device should ever gather while it searches, in bytes: the smallest of each kind.
+
+    Whole over `model`, that is; the prompts are those of one device.
+    """
+    own = prompts // (mesh.shape["data"] * mesh.shape["fsdp"])
+    chosen = experiment.search
+    networks = [experiment.policy]
+    if not experiment.on_policy:
+        networks.append(experiment.value.network)
+    matrices = [
+        x.size * jnp.dtype(network.config.dtype).itemsize
+        for network in networks
+        for x in jax.tree.leaves(network.abstract_params())
+        if x.ndim > 1 and 1 not in x.shape
+    ]
+    caches = [
+        own * slots * network.config.num_kv_heads * network.config.head_dim * 2
+        for network in networks
+        for slots in (experiment.prompt_tokens, chosen.beam_width * chosen.max_new_tokens)
+    ]
+    return {
+        "a matrix of weights": min(matrices),
+        "keys of a layer's cache": min(caches),
+        "logits of all candidates": 4
+        * own
+        * chosen.num_candidates
+        * experiment.policy.config.vocab_size,
+    }
+
+
+def largest_gather(program: Program) -> Collective | None:
+    """The all-gather with the largest result."""
+    gathers = [found for found in collectives(program.text) if found.kind == "all-gather"]
+    return max(gathers, key=lambda found: found.size, default=None)
 
 
 def find_largest(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -113,6 +114,7 @@ def compile_program(
             raise TooLargeError(f"{name}: {str(error).splitlines()[0]}") from error
         text = _dumped(Path(dump)) if platform == "tpu" else compiled.as_text() or ""
     seconds = time.perf_counter() - begin
+    logging.info("Compiled %s in %.0f s", name, seconds)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None
     return Program(

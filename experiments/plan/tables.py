@@ -9,7 +9,7 @@ from experiments.plan.chips import Chip, Topology
 from experiments.plan.estimate import Line, SearchWork, Work
 from experiments.plan.experiment import Experiment
 from experiments.plan.hlo import collectives
-from experiments.plan.plan import Largest, Need, passes
+from experiments.plan.plan import Largest, Need, largest_gather, passes
 from experiments.plan.programs import Program
 from iro_jax.evaluation import markdown_table
 
@@ -79,6 +79,19 @@ def collectives_table(programs: Sequence[Program], mesh: Mapping[str, int]) -> s
             )
     header = ("program", "collective", "along", "how often", "of them", "MB sent", "the largest")
     return markdown_table(header, rows)
+
+
+def gathers_line(programs: Sequence[Program], whole: Mapping[str, int]) -> str:
+    """What is gathered at most, beside what must not be."""
+    largest = [(p.name, found) for p in programs if (found := largest_gather(p))]
+    limits = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in whole.items())
+    if not largest:
+        return f"Nothing is gathered. Whole would be: {limits}."
+    name, most = max(largest, key=lambda pair: pair[1].size)
+    return (
+        f"The largest gather of a search is {most.shape} in {name!r}, {most.size / 1e6:,.3f} MB;"
+        f" whole would be: {limits}."
+    )
 
 
 def work_table(work: SearchWork, experiment: Experiment, chip: Chip) -> str:
