@@ -10,8 +10,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.plan.hlo import Collective, collectives, shape_bytes
 from iro_jax.models.sharding import make_mesh
 
-TEXT = """
-HloModule jit_step, is_scheduled=true
+TEXT = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
@@ -31,8 +30,8 @@ HloModule jit_step, is_scheduled=true
 
 %outer (s: (f32[8])) -> (f32[8]) {
   %s.1 = (f32[8]) parameter(0)
-  %loop.1 = (f32[8]{0:T(8)S(1)}) while(%s.1), condition=%c, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
-  ROOT %g = (bf16[8,2]{1,0:T(2,128)(2,1)}, bf16[8,8]{1,0}) all-gather-start(%s.1), replica_groups=[4,4]<=[4,4]T(1,0), dimensions={1}
+  %loop.1 = (f32[8]{0:T(8)S(1)}) while(%s.1), body=%inner, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %g = (bf16[8,2]{1,0:T(2,128)(2,1)}, bf16[8,8]{1,0}) all-gather-start(%s.1), TRANSPOSED
 }
 
 ENTRY %main (x: f32[8]) -> f32[8] {
@@ -42,7 +41,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %alone = f32[8]{0} all-reduce(%x.1), replica_groups=[16,1]<=[16], to_apply=%add
   ROOT %m = f32[8,8]{1,0} all-to-all(%x.1), replica_groups=mesh['a'=4,'b'=4] {'a'}, dimensions={0}
 }
-"""
+""".replace("TRANSPOSED", "replica_groups=[4,4]<=[4,4]T(1,0), dimensions={1}")
 
 
 def test_every_collective_of_a_text_is_found_with_its_loops():
@@ -85,7 +84,7 @@ def test_bytes_of_shapes():
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)),
-        ("replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 2)),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 1)),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", (0, 4)),
         ("source_target_pairs={{1,2},{2,3}}", (1, 2)),
     ],
