@@ -25,7 +25,7 @@ from iro_jax.models import Network
 from iro_jax.models.cache import Cache
 from iro_jax.models.network import Want
 
-DEPTHS = (1, 3)
+DEPTHS = (1, 2)
 """Layers of the networks that are compiled to count."""
 
 

@@ -98,10 +98,11 @@ def search_needs(
     search = Search(experiment, mesh, prompts, experiment.num_iterations if guided else 0)
     held = device_bytes(search.params) + reward_bytes(experiment, mesh)
     resident = held + device_bytes(search.state)
-    reading = search.prefill()
-    programs = [reading, *search.step()]
+    # Without value functions prompts are read as with them, by fewer networks.
+    reading = [search.prefill()] if guided else []
+    programs = [*reading, *search.step()]
     needs = [
-        Need(x.name, held if x is reading else resident, extra_bytes(x), x.seconds)
+        Need(x.name, held if x in reading else resident, extra_bytes(x), x.seconds)
         for x in programs
     ]
     return needs, programs

@@ -189,7 +189,7 @@ def test_a_fit_splits_what_it_trains_over_fsdp_and_model(experiment, mesh):
 
 
 def test_two_depths_tell_of_any_other(experiment, mesh):
-    """Layers are alike: what is counted at one and three layers continues to five."""
+    """Layers are alike: what is counted at one and two layers continues to five."""
     policy = experiment.policy.config
     deeper = dataclasses.replace(
         experiment,
