@@ -24,7 +24,6 @@ import functools
 import importlib.util
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from experiments.benchmarks.common import (
     random_prompts,
     unguided,
 )
+from experiments.plan.chips import chip_of
 from iro_jax.evaluation import markdown_table
 from iro_jax.guidance import GuidedSearch, ValueSum, ValueSumParams
 from iro_jax.models import Network, Params, TransformerConfig, translate_config
@@ -83,18 +83,6 @@ TINY = {
     "head_dim": 8,
 }
 
-# Bytes a second of a device by its `device_kind`; the first that matches.
-_BANDWIDTHS = (
-    (r"A100.*80GB", 2039e9),
-    (r"H100 80GB HBM3|H100 SXM", 3350e9),
-    (r"\bH200\b", 4800e9),
-    (r"\bL4\b", 300e9),
-    (r"^TPU v4\b", 1228e9),
-    (r"^TPU v5( lite|e)\b", 819e9),
-    (r"^TPU v5p?\b", 2765e9),
-    (r"^TPU v6( lite|e)\b", 1640e9),
-)
-
 HEADER = ("", "together", "seconds", "tokens/s", "floor s", "share", "transformers' tokens/s")
 NOT_MEASURED = "not measured"
 
@@ -105,7 +93,8 @@ def bandwidth(kind: str) -> float | None:
     >>> bandwidth("NVIDIA H100 80GB HBM3")
     3350000000000.0
     """
-    return next((speed for name, speed in _BANDWIDTHS if re.search(name, kind)), None)
+    chip = chip_of(kind)
+    return None if chip is None else chip.bandwidth
 
 
 @dataclasses.dataclass(frozen=True)

