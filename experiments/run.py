@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     with command.started(argv):
         if _DISTRIBUTED.value or _COORDINATOR.value is not None:
             hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    with hosts.leaving_at_errors(), command.started(argv):
         run(config, folder, progress=command.PROGRESS.value, wandb=_WANDB.value)
 
 

@@ -7,7 +7,12 @@ What all hosts compute alike, the first one writes, into a folder that all of th
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -43,6 +48,27 @@ def join(
             " --coordinator=ADDRESS:PORT, --num_processes and --process_id on each."
             f" Got: {str(error).splitlines()[0]}"
         ) from error
+
+
+@contextlib.contextmanager
+def leaving_at_errors() -> Iterator[None]:
+    """Where there are others, an error in the body ends this process at once.
+
+    An ordinary end would wait for the others, which wait for this one; so they are told that it is
+    gone, and end as well.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if count() == 1:
+            raise
+        if isinstance(error, SystemExit) and isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def count() -> int:

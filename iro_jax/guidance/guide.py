@@ -56,7 +56,7 @@ from iro_jax.models.generate import (
     name_prompts,
     prompt_keys,
 )
-from iro_jax.models.sharding import run_where, where
+from iro_jax.models.sharding import mesh_of, run_where, where
 from iro_jax.models.stop import cut, stop_table
 from iro_jax.models.text import check_ids, end_of_turn
 from iro_jax.models.token_bytes import token_bytes
@@ -92,7 +92,7 @@ class Guide:
       driver: `program` runs a whole search as one program, `host` a program a chunk, `continuous`
         too, and lets waiting prompts take the places of those that are done: for answers of
         different lengths, where no bridge is needed. `auto` takes `host` where a bridge is needed
-        and the platform is not the CPU, otherwise `program`.
+        and the platform is not one CPU, otherwise `program`.
     """
 
     def __init__(
@@ -157,7 +157,9 @@ class Guide:
         self.params = GuidedParams(policy.params, scorer_params, table)
         contexts = [network.config.context_length for network in _networks(self.search)]
         self.text_format = text_format.beside(max_new_tokens, contexts)
-        off_program = isinstance(scorer, BridgedValues) and jax.default_backend() != "cpu"
+        # A program that asks the host in between is for one CPU.
+        elsewhere = jax.default_backend() != "cpu" or mesh_of(policy.params) is not None
+        off_program = isinstance(scorer, BridgedValues) and elsewhere
         self._from_host = driver == "host" or (driver == "auto" and off_program)
         self._continuous = self.search.continuous(batch_size) if driver == "continuous" else None
         self._programs = [(self.search, self._compile(self.search))]

@@ -109,6 +109,16 @@ def spread_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(spread, *rest))
 
 
+def whole_rows(table: jax.Array) -> jax.Array:
+    """A table whose rows are going to be looked up, on a mesh: no row is split.
+
+    Otherwise XLA would replicate what was found on all devices.
+    """
+    if automatic_mesh() is None:
+        return table
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+
+
 def automatic_mesh() -> AbstractMesh | None:
     """The mesh of `jax.set_mesh` if it has several devices and XLA places arrays on it.
 

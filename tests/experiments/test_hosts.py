@@ -25,11 +25,16 @@ def start(root: Path, workdir: Path, count: int) -> list[subprocess.Popen]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(root / "compiled")}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     command = [
         *(sys.executable, "-m", "experiments.run", "--noprogress"),
         *(f"--config=tests/experiments/tiny.py:{root}", f"--workdir={workdir}"),
         *("--config.mesh.data=-1", "--config.search.shard_size=2", "--config.value.trainable=all"),
+        "--config.loop.compress=False",
     ]
     hosts = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     return [
