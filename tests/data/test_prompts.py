@@ -307,6 +307,15 @@ class TestTemplates:
         assert own.conversation == CHAT
         assert ours.conversation == ({"role": "system", "content": "Be kind."}, CHAT[1])
 
+    def test_text_may_stand_in_a_template(self, tmp_path):
+        source = self.rows(tmp_path)
+        [raw, *_] = read_prompts(source, template="Q: {prompt} {x}\nA:")
+        assert raw.conversation == "Q: first {x}\nA:"
+        [chat, *_] = read_prompts(source, template="Q: {prompt}", chat=True)
+        assert chat.conversation == ({"role": "user", "content": "Q: first"},)
+        with pytest.raises(ValueError, match=r"must have {prompt} in it\. Got: 'Q'"):
+            read_prompts(source, template="Q")
+
     def test_a_system_prompt_for_raw_text_is_refused(self, tmp_path):
         with pytest.raises(PromptError, match=r"line 1: a system prompt needs.*Got: raw text"):
             read_prompts(self.rows(tmp_path), system="Be brief.")
