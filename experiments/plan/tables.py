@@ -46,12 +46,12 @@ def largest_table(found: Sequence[Largest]) -> str:
     rows = [
         (
             one.kind,
-            str(one.prompts),
-            "not compiled" if one.need is None else f"{one.need / _GB:.2f}",
+            str(one.size),
+            "no room" if one.need is None else f"{one.need / _GB:.2f}",
         )
         for one in found
     ]
-    return markdown_table(("search", "most prompts together", "GB with so many"), rows)
+    return markdown_table(("largest batch", "together", "GB with so many"), rows)
 
 
 def collectives_table(programs: Sequence[Program], mesh: Mapping[str, int]) -> str:
