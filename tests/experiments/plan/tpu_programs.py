@@ -32,7 +32,6 @@ def facts(variant: str, layers: int) -> dict:
     topology = parse_topology(CASES[variant])
     mesh = topology_mesh(topology.name, experiment.mesh)
     needs, programs = search_needs(experiment, mesh, PROMPTS, guided=True)
-    sampling_needs, sampling = search_needs(experiment, mesh, PROMPTS, guided=False)
     fit_need, update = update_need(experiment, mesh)
     policy, value = experiment.policy, experiment.value.network
     return {
@@ -46,12 +45,12 @@ def facts(variant: str, layers: int) -> dict:
         ],
         "prompt_tokens": experiment.prompt_tokens,
         "value_slots": experiment.value_slots,
-        "needs": {need.name: need.total for need in [*needs, *sampling_needs, fit_need]},
+        "needs": {need.name: need.total for need in [*needs, fit_need]},
         "arguments": {program.name: program.memory["arguments"] for program in programs},
         "outputs": {program.name: program.memory["outputs"] for program in programs},
         "collectives": [
             (program.name, x.kind, x.size, x.axes(dict(mesh.shape)), len(x.loops))
-            for program in [*programs, *sampling, update]
+            for program in [*programs, update]
             for x in collectives(program.text)
         ],
     }
