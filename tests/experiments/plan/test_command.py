@@ -34,7 +34,7 @@ def test_every_experiment_can_be_planned(config):
     functions = len(re.findall(r"^\| guided by \d", done.stdout, re.MULTILINE))
     fits = len(re.findall(r"^\| value function \d", done.stdout, re.MULTILINE))
     assert functions == fits > 0
-    total = re.search(r"^\| together \|  \|  \| ([\d,.]+) \|", done.stdout, re.MULTILINE)
+    total = re.search(r"^\| together \|  \|  \| ([\d,.e-]+) \|", done.stdout, re.MULTILINE)
     assert float(total[1].replace(",", "")) > 0
 
 
