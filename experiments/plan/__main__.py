@@ -29,8 +29,8 @@ from experiments.plan.experiment import Experiment, describe
 from experiments.plan.plan import (
     Need,
     abstract_mesh,
-    find_largest,
     held_bytes,
+    largest_batches,
     search_needs,
     stages,
     update_need,
@@ -73,10 +73,7 @@ def plan_tpu(experiment: Experiment, topology: Topology, prompts: int, *, larges
             for guided in (True, False)
             if guided in needs
         }
-        found = [
-            find_largest(experiment, mesh, chip.memory, known.get(guided), guided=guided)
-            for guided in (True, False)
-        ]
+        found = largest_batches(experiment, mesh, chip.memory, known)
         print(f"\n{tables.largest_table(found)}\n")
     print("\n## Collectives of the compiled programs\n")
     print(tables.collectives_table(programs, dict(mesh.shape)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import cast
 
 import jax
@@ -47,16 +49,16 @@ class Need:
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-    """The largest batch of a search.
+    """The largest batch.
 
     Attributes:
-      kind: of search.
-      prompts: that fit together, by the line through two plans.
-      need: what the compiler plans for just these; None where it was not asked.
+      kind: what of.
+      size: that fits, found by the line through two plans; 0 if nothing does.
+      need: what the compiler plans for just this, in bytes; None if it found no room at all.
     """
 
     kind: str
-    prompts: int
+    size: int
     need: int | None
 
 
@@ -108,9 +110,15 @@ def search_needs(
     return needs, programs
 
 
-def update_need(experiment: Experiment, mesh: Mesh) -> tuple[Need, Program]:
-    """Of a fit, beside which policy, reward and earlier value functions stay where they are."""
-    update = Update(experiment, mesh)
+def update_need(
+    experiment: Experiment, mesh: Mesh, rollouts: int | None = None
+) -> tuple[Need, Program]:
+    """Of a fit, beside which policy, reward and earlier value functions stay where they are.
+
+    Args:
+      rollouts: of one part that is a whole update; the configured batch if None.
+    """
+    update = Update(experiment, mesh, rollouts, None if rollouts is None else 1)
     program, state = update.update(), update.state
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     search = Search(experiment, mesh, shares, max(experiment.num_iterations - 1, 0))
@@ -165,44 +173,74 @@ def largest_gather(program: Program) -> Collective | None:
 
 
 def find_largest(
+    kind: str,
+    total: Callable[[int], int | None],
+    multiple: int,
+    memory: float,
+    known: tuple[int, int] | None = None,
+) -> Largest:
+    """The largest batch, by the line through what two of them need, and a look at the answer.
+
+    Args:
+      total: bytes that so many need; None where the compiler finds no room.
+      multiple: in which prompts, or rollouts, are shared evenly.
+      memory: bytes of a device.
+      known: a batch, and bytes that it needs, if that was looked at.
+    """
+    needs: dict[int, int | None] = {} if known is None else {known[0]: known[1]}
+
+    def need(size: int) -> int | None:
+        if size not in needs:
+            needs[size] = total(size)
+        return needs[size]
+
+    smallest = need(multiple)
+    if smallest is None or smallest > memory:
+        return Largest(kind, 0, smallest)
+    other = 2 * multiple if known is None or known[0] == multiple else known[0]
+    second = need(other)
+    if second is None:
+        return Largest(kind, multiple, smallest)
+    for answer in range(
+        largest_batch((multiple, other), (smallest, second), memory, multiple), multiple, -multiple
+    ):
+        used = need(answer)
+        if used is not None and used <= memory:
+            return Largest(kind, answer, used)
+    return Largest(kind, multiple, smallest)
+
+
+def largest_batches(
     experiment: Experiment,
     mesh: Mesh,
     memory: float,
-    known: tuple[int, int] | None,
-    *,
-    guided: bool,
-) -> Largest:
-    """The largest batch, from what is known of one and what a second one needs.
-
-    Args:
-      memory: bytes of a device.
-      known: prompts, and bytes that they need, if that was compiled.
-    """
+    known: Mapping[bool, tuple[int, int]],
+) -> list[Largest]:
+    """Of guided searches, of plain sampling, and of what a fit computes at once."""
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def total(prompts: int) -> int | None:
+    def of_search(guided: bool, prompts: int) -> int | None:
         try:
             needs, _ = search_needs(experiment, mesh, prompts, guided=guided)
         except TooLargeError:
             return None
         return max(need.total for need in needs)
 
-    kind = "guided" if guided else "sampling"
-    smallest = total(shares) if known is None or known[0] != shares else known[1]
-    if smallest is None:
-        return Largest(kind, 0, None)
-    other = known if known is not None and known[0] != shares else None
-    if other is None:
-        second = total(2 * shares)
-        if second is None:
-            return Largest(kind, shares, smallest)
-        other = (2 * shares, second)
-    fits = largest_batch((shares, other[0]), (smallest, other[1]), memory, shares)
-    for answer in range(fits, shares, -shares):
-        need = other[1] if answer == other[0] else total(answer)
-        if need is not None and need <= memory:
-            return Largest(kind, answer, need)
-    return Largest(kind, shares if smallest <= memory else 0, smallest)
+    def of_fit(rollouts: int) -> int | None:
+        try:
+            return update_need(experiment, mesh, rollouts)[0].total
+        except TooLargeError:
+            return None
+
+    return [
+        find_largest(
+            "guided search, prompts", partial(of_search, True), shares, memory, known.get(True)
+        ),
+        find_largest(
+            "plain sampling, prompts", partial(of_search, False), shares, memory, known.get(False)
+        ),
+        find_largest("a part of a fit's batch, rollouts", of_fit, shares, memory),
+    ]
 
 
 def stages(

@@ -46,12 +46,12 @@ def largest_table(found: Sequence[Largest]) -> str:
     rows = [
         (
             one.kind,
-            str(one.prompts),
-            "not compiled" if one.need is None else f"{one.need / _GB:.2f}",
+            str(one.size),
+            "no room" if one.need is None else f"{one.need / _GB:.2f}",
         )
         for one in found
     ]
-    return markdown_table(("search", "most prompts together", "GB with so many"), rows)
+    return markdown_table(("largest batch", "together", "GB with so many"), rows)
 
 
 def collectives_table(programs: Sequence[Program], mesh: Mapping[str, int]) -> str:
@@ -141,7 +141,7 @@ def answers_table(
         else:
             each = work.sampling_seconds(tokens, chip)
         name = f"guided by {count}" if count else f"{chosen.num_candidates} samples a prompt"
-        rows.append((name, f"{each:,.1f}", f"{3600 * prompts / each:,.0f}"))
+        rows.append((name, _number(each), f"{3600 * prompts / each:,.0f}"))
     header = ("search", f"seconds for {prompts} prompts", "answers an hour")
     return markdown_table(header, rows)
 
@@ -149,9 +149,14 @@ def answers_table(
 def stages_table(lines: Sequence[Line], topology: Topology) -> str:
     number = topology.num_devices
     rows = [
-        (line.stage, f"{line.units:,.0f}", f"{line.seconds:,.1f}", f"{line.hours(number):,.1f}")
+        (line.stage, f"{line.units:,.0f}", _number(line.seconds), _number(line.hours(number)))
         for line in lines
     ]
     total = sum(line.hours(number) for line in lines)
-    rows.append(("together", "", "", f"{total:,.1f}"))
+    rows.append(("together", "", "", _number(total)))
     return markdown_table(("stage", "calls", "seconds each", "device hours"), rows)
+
+
+def _number(x: float) -> str:
+    """With three digits, or all those before the point."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"

@@ -1,0 +1,122 @@
+"""The paper's UltraFeedback searches and fits, compiled for TPUs that are not there.
+
+Four layers of every network; all other shapes are the experiment's. A command compiles all layers:
+`python -m experiments.plan`.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.experiments.plan.tpu_programs import CASES, LAYERS, PROMPTS
+
+pytestmark = pytest.mark.slow
+
+# Widths: of the policy, of the value networks.
+WIDTHS = {"70b": (8192, 4096), "8b": (4096, 4096)}
+KV_HEADS, HEAD, BEAMS, CANDIDATES, CHUNK, TOKENS = 8, 128, 4, 16, 16, 2048
+SEARCHES = ("prefill", "beam step: sampling", "beam step: values and selection")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    """What `tpu_programs` prints. libtpu is loaded in a process of its own."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install libtpu")
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        # It may be loaded elsewhere too: no TPU is touched.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.experiments.plan.tpu_programs", request.param],
+        cwd=pathlib.Path(__file__).parents[3],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return request.param, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_weights_are_those_of_the_parameters(case):
+    variant, facts = case
+    model = facts["mesh"]["model"]
+    for count, width, copies, name in zip(
+        facts["parameters"],
+        WIDTHS[variant],
+        (1, 3),
+        ("weights of the policy", "weights of the value functions"),
+        strict=True,
+    ):
+        # Norms, and the head of a value function, are on every device.
+        everywhere = (2 * LAYERS + 1) * width + (width if copies == 3 else 0)
+        expected = 2 * ((count - everywhere) / model + everywhere)
+        assert facts["held"][name] == pytest.approx(copies * expected, abs=64)
+
+
+def test_caches_are_those_of_the_formula(case):
+    _, facts = case
+    mesh = facts["mesh"]
+    prompts = PROMPTS / (mesh["data"] * mesh["fsdp"])
+    slot = 2 * 2 * LAYERS * KV_HEADS * HEAD / mesh["model"]
+    steps, slots = TOKENS // CHUNK, facts["value_slots"]
+    assert slots == 2 * CHUNK  # a bridge's
+    for owner, copies, chunk in (("policy", 1, CHUNK), ("values", 3, slots)):
+        by_hand = {
+            "prompt": facts["prompt_tokens"],
+            "beams": BEAMS * steps * chunk,
+            "chunk": CANDIDATES * chunk,
+        }
+        for part, number in by_hand.items():
+            found = facts["held"][f"{owner}: {part} cache"]
+            keys = copies * prompts * number * slot
+            # Beside keys and values: positions and lengths of four bytes.
+            assert keys < found < 1.01 * keys + 4096, (owner, part)
+
+
+def test_the_compiler_plans_for_what_was_counted(case):
+    _, facts = case
+    held = facts["held"]
+    caches = sum(size for name, size in held.items() if "cache" in name)
+    sampling = facts["arguments"]["beam step: sampling"]
+    assert sampling == pytest.approx(held["weights of the policy"] + caches, rel=0.02)
+    # Prompts' caches come out of their program as they go into the next.
+    assert facts["outputs"]["prefill"] == pytest.approx(caches, rel=0.02)
+    assert facts["outputs"]["beam step: sampling"] < 0.02 * caches
+
+
+def test_nothing_whole_is_gathered_while_searching(case):
+    _, facts = case
+    limit = min(facts["whole"].values())
+    gathers = [
+        (name, size)
+        for name, kind, size, *_ in facts["collectives"]
+        if name in SEARCHES and kind == "all-gather"
+    ]
+    assert gathers, "tops of the vocabulary's parts are gathered"
+    assert max(size for _, size in gathers) < 0.1 * limit
+
+
+def test_a_search_sends_nothing_but_flags_along_data(case):
+    _, facts = case
+    along = [
+        size
+        for name, _, size, axes, _ in facts["collectives"]
+        if name in SEARCHES and {"data", "fsdp"} & set(axes)
+    ]
+    assert sum(along) < 1024
+
+
+def test_a_search_fits(case):
+    """With four layers; with all of them only the planner can say."""
+    _, facts = case
+    for name in SEARCHES:
+        assert 0 < facts["needs"][name] < facts["memory"], name
