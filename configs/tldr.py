@@ -67,6 +67,8 @@ def get_config(variant: str = "1b") -> ConfigDict:
     config.value.head = None
     for fit in (config.value.fit, config.value.compression):
         fit.update(learning_rate=3e-6, batch_size=256, num_epochs=10, epsilon=1e-5)
+        # What a part of a batch keeps for its gradient has to fit beside the weights.
+        fit.micro_batches = 16
     config.eval.update(tuned=_TUNED, untuned=_POLICY.format("1b"))
     return config
 

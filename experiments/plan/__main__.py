@@ -14,9 +14,11 @@ import datetime
 import importlib.metadata
 import logging
 import os
+from collections import Counter
 
 import jax
 from absl import app, flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments import command
@@ -49,6 +51,7 @@ def plan_tpu(experiment: Experiment, topology: Topology, prompts: int, *, larges
     """Compiles, and prints."""
     chip = topology.chip
     mesh = topology_mesh(topology.name, experiment.mesh)
+    print(hosts_line(mesh), end="")
     print("## Memory of a device\n\nShapes and shardings of the programs' arguments:\n")
     print(tables.held_table(held_bytes(experiment, mesh, prompts), chip))
     print("\nPlans of the compiler, beside what is held (the fit beside the policy):\n", flush=True)
@@ -96,6 +99,18 @@ def plan_gpu(experiment: Experiment, topology: Topology, prompts: int) -> None:
     print(f"\nWithout temporaries it {'fits' if fits else 'does NOT fit'}.")
     work = counted_work(experiment, mesh, prompts)
     print_times(experiment, topology, prompts, work, "Counted by hand; nothing was compiled.")
+
+
+def hosts_line(mesh: Mesh) -> str:
+    """What a run would say of the mesh: it keeps a copy of a network on one host."""
+    model = mesh.shape["model"]
+    smallest = min(Counter(device.process_index for device in mesh.devices.flat).values())
+    if smallest % model == 0:
+        return ""
+    return (
+        f"A run keeps a copy of a network on one host, and refuses model={model} on hosts of"
+        f" {smallest} chips, in which libtpu lays this topology out: it needs hosts of {model}.\n\n"
+    )
 
 
 def print_times(
