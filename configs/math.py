@@ -11,8 +11,8 @@ most frequent one, `majority_of_16` and `majority_t`. Local copies: `--config.po
 `--config.task.evaluation.gsm8k.path=FILE`, `--config.task.evaluation.math500.path=FILE`.
 
 `:smollm2` is for a machine with nothing: SmolLM2-135M-Instruct, and heads on its own hidden states.
-So small a model has to be shown how short an answer is meant, and its last number counts. Files with
-`question` and `answer`, and with `prompt` and `answer`:
+So small a model has to be shown how short an answer is meant, and its last number counts. Files
+with `question` and `answer`, and with `prompt` and `answer`:
 
     python -m experiments.run --config=configs/math.py:smollm2 --workdir=runs/math_smollm2 \
       --config.task.path=train.jsonl --config.task.evaluation.math500.path=math500.jsonl
