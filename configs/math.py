@@ -76,12 +76,12 @@ def _smollm2(config: ConfigDict) -> ConfigDict:
         section.path = task.get_oneway_ref("path")
     # The last problems of the file are not trained on.
     task.train.limit = 7000
-    task.evaluation.gsm8k.update(skip=7000, limit=12)
-    task.evaluation.math500.update(source="", system=None, prompt_field="prompt", limit=8)
+    task.evaluation.gsm8k.update(skip=7000, limit=8)
+    task.evaluation.math500.update(source="", system=None, prompt_field="prompt", limit=4)
     task.reward.kind = "number"
     config.search.text_format.update(max_length=192, truncation="left")
-    config.search.update(max_new_tokens=80, shard_size=8)
-    config.loop.prompts_per_iteration = 24
+    config.search.update(max_new_tokens=64, shard_size=8)
+    config.loop.update(prompts_per_iteration=16, compress=False)
     config.value.update(trainable="head", layer=16)
     for fit in (config.value.fit, config.value.compression):
         fit.update(learning_rate=1e-3, batch_size=64, num_epochs=20, weight_decay=1e-1)

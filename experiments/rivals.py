@@ -21,6 +21,7 @@ from iro_jax.collect import Guidance
 from iro_jax.iro import IRO, Learned
 from iro_jax.methods import Method
 from iro_jax.models import Pretrained, from_pretrained, same_tokenizer
+from iro_jax.models.sharding import mesh_of
 from iro_jax.models.weights.sources import open_checkpoint
 from iro_jax.values import Head, NextStates, ValueFitter
 from iro_jax.values.objectives import LossName
@@ -105,7 +106,8 @@ class Arena:
     def pair(self) -> tuple[Pretrained, Pretrained]:
         """The tuned and the untuned model, read once for all methods."""
         chosen = self.config.eval
-        return from_pretrained(chosen.tuned), from_pretrained(chosen.untuned)
+        load = functools.partial(from_pretrained, mesh=mesh_of(self.policy.params))
+        return load(chosen.tuned), load(chosen.untuned)
 
     def log_ratio(self) -> Guidance:
         """A tuned and an untuned model that read what the policy writes."""

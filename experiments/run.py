@@ -17,22 +17,31 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from experiments import command
+from experiments.devices import devices_of
 from experiments.judging import endpoint_judge, judge_pairs
 from experiments.report import write_page, write_report, write_sets, write_table
 from experiments.rivals import Arena, check_rivals, next_states, rivals
 from experiments.settings import loop_settings, search_settings, value_settings
 from experiments.sources import check_sources, policy_source
 from experiments.tasks import Context, build_task
+from iro_jax import hosts
 from iro_jax.collect import Collector, Guidance
 from iro_jax.compare import Comparison, MethodResult
 from iro_jax.evaluation import Ledger
 from iro_jax.iro import IRO, Learned
 from iro_jax.metrics import Metrics
-from iro_jax.models import from_pretrained
 from iro_jax.rewards import ExactMatch
 from iro_jax.values import ValueFitter, ValueFunction
 from iro_jax.workdir import Workdir
 
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Several hosts run this command together, with one shared workdir."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "ADDRESS:PORT of the first host, where JAX does not find the hosts itself."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many hosts there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this one.")
 _WANDB = flags.DEFINE_string("wandb", None, "Project of Weights & Biases to log to.")
 
 
@@ -40,6 +49,9 @@ def main(argv: Sequence[str]) -> None:
     config = command.CONFIG.value
     folder = Path(command.WORKDIR.value or Path("runs") / config.name)
     with command.started(argv):
+        if _DISTRIBUTED.value or _COORDINATOR.value is not None:
+            hosts.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    with hosts.leaving_at_errors(), command.started(argv):
         run(config, folder, progress=command.PROGRESS.value, wandb=_WANDB.value)
 
 
@@ -54,11 +66,13 @@ def run(
         of_seed.seed = seed
         place = folder if len(seeds) == 1 else folder / f"seed_{seed}"
         results.append(run_seed(of_seed, place, progress=progress, wandb=wandb))
-    print(write_table(folder, results))
-    try:
-        print(f"The whole report: {write_page(folder)}")
-    except ImportError as error:
-        logging.warning("There is no page: %s", error)
+    if hosts.first():
+        print(write_table(folder, results))
+        try:
+            print(f"The whole report: {write_page(folder)}")
+        except ImportError as error:
+            logging.warning("There is no page: %s", error)
+    hosts.meet("end")
     return results
 
 
@@ -76,17 +90,21 @@ def run_seed(
     check_sources(config)
     check_rivals(config)
     endpoint = endpoint_judge(config)
+    devices = devices_of(config)
     fields = config.to_dict()
-    fields.pop("seeds")
+    # A run may go on on other devices.
+    for name in ("seeds", "mesh"):
+        fields.pop(name)
     workdir = Workdir(folder, fields)
-    ledger = Ledger(workdir / "cost.jsonl")
+    ledger = Ledger(workdir / "cost.jsonl", hosts.index())
+    progress = progress and hosts.first()
     metrics = Metrics(
         workdir / "tensorboard", wandb_project=wandb, run_id=workdir.run_id, config=fields
     )
     place = policy_source(config).place
-    policy = from_pretrained(place, dtype=config.policy.dtype)
+    policy = devices.load_policy(place, config.policy.dtype)
     assert policy.tokenizer is not None
-    task = build_task(Context(config, policy, place, workdir, ledger, progress))
+    task = build_task(Context(config, policy, place, workdir, ledger, progress, devices))
     collector = Collector(
         policy,
         task.reward,
@@ -106,6 +124,7 @@ def run_seed(
             task.tokens,
             states=task.states,
             next_states=next_states(config, policy) if value.loss == "cdq" else None,
+            mesh=devices.mesh,
             progress=progress,
         ),
         of_loop,
@@ -120,9 +139,10 @@ def run_seed(
     searches = _searches(learned, task.prefix_reward, config)
     searches |= rivals(Arena(config, policy, task, loop, learned))
     results = comparison(task.evaluation, searches)
-    write_report(workdir, ledger, results)
-    write_sets(workdir, [prompt.id for prompt in task.evaluation], task.sets, results)
-    judge_pairs(workdir, endpoint, results)
+    if hosts.first():
+        write_report(workdir, ledger, results)
+        write_sets(workdir, [prompt.id for prompt in task.evaluation], task.sets, results)
+        judge_pairs(workdir.alone(), endpoint, results)
     metrics.close()
     print(f"{folder}: {time.perf_counter() - start:.0f} seconds in this process")
     return results

@@ -141,7 +141,7 @@ def _check(models: Iterable[Source], datasets: Iterable[tuple[Source, ConfigDict
         except SourceError as error:
             missing.append(str(error))
         except HubError as error:
-            missing.append(f"{error}; a local copy: {source.flag}")
+            missing.append(f"{error}: {source.flag}")
     for source, fields in datasets:
         try:
             next(rows(source.place, fields.get("split", "train")), None)

@@ -3,7 +3,7 @@
 Rollouts to train on and answers to evaluate are the same thing here: every finalist of a
 guided search, scored by a reward and kept in a `RolloutStore`. A shard is a fixed list of
 prompts, searched in batches that depend on these prompts alone, so that one that a kill has
-left out is sampled again to the last bit.
+left out is sampled again to the last bit. Several hosts share the shards of a store.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from iro_jax import hosts
 from iro_jax.data import Prompt, Rollout, RolloutError, RolloutStore
 from iro_jax.evaluation import Cost, Ledger, Reader, reward_cost, trace_cost
 from iro_jax.evaluation.ledger import Phase
@@ -161,9 +162,13 @@ class Collector:
         """
         size = self.settings.shard_size
         plan = [list(prompts[start : start + size]) for start in range(0, len(prompts), size)]
-        store = RolloutStore.create(
-            folder, config_hash=self.config_hash, plan=[[p.id for p in shard] for shard in plan]
-        )
+        if hosts.first():
+            store = RolloutStore.create(
+                folder, config_hash=self.config_hash, plan=[[p.id for p in shard] for shard in plan]
+            )
+        hosts.meet(f"plan of {stage}")
+        if not hosts.first():
+            store = RolloutStore.open(folder)
         store.verify()
         _check_prompts(store, prompts)
         if store.complete:
@@ -177,12 +182,14 @@ class Collector:
             watch=phase == "inference",
         )
         guide.check([prompt.conversation for prompt in prompts])
-        missing = store.missing()
-        done = len(prompts) - sum(len(plan[number]) for number in missing)
+        together = hosts.count()
+        missing = store.missing()[hosts.index() :: together]
+        mine = sum(len(plan[number]) for number in missing)
+        done = sum(len(shard.prompts) for shard in store.shards if shard.written)
         # Reports show the evaluation's.
         shown = NUM_TREES if phase == "inference" else 0
         with tqdm(
-            total=len(prompts), initial=done, unit="prompt", desc=stage, disable=not self.progress
+            total=done + mine, initial=done, unit="prompt", desc=stage, disable=not self.progress
         ) as bar:
             for number in missing:
                 with self.ledger.measure(stage, str(number), phase) as cost:
@@ -194,8 +201,10 @@ class Collector:
                 if shown and number == 0:
                     self._write_trees(folder / TREES, plan[number], found, _watches(guide))
                 # A killed run may pay for a shard twice, but never forgets what one has cost.
-                store.write(number, rollouts)
+                store.write(number, rollouts, enter=together == 1)
                 bar.update(len(plan[number]))
+        if together > 1:
+            store = _adopted(store, stage)
         return store
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -373,6 +382,15 @@ class Collector:
             cost += reward_cost(dataclasses.replace(self.reward_reader, layers=0), lengths)
         else:
             cost += reward_cost(self.reward_reader, lengths)
+
+
+def _adopted(store: RolloutStore, stage: str) -> RolloutStore:
+    """The store with what every host has written."""
+    hosts.meet(f"shards of {stage}")
+    if hosts.first():
+        store.adopt()
+    hosts.meet(f"manifest of {stage}")
+    return RolloutStore.open(store.folder)
 
 
 def _watches(guide: Guide) -> bool:

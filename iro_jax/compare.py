@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from iro_jax import hosts
 from iro_jax.collect import Collector, Guidance
 from iro_jax.data import Prompt, Rollout
 from iro_jax.evaluation import best_of_n_divergence, distinct_n, search_divergence
@@ -236,6 +237,8 @@ class Comparison:
 
         Where a method's figures are means over several answers, the rows show one of them.
         """
+        if not hosts.first():
+            return
         method = result.name
         folder = self.workdir / "eval" / method
         folder.mkdir(parents=True, exist_ok=True)

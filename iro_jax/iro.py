@@ -22,10 +22,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from iro_jax import hosts
 from iro_jax.collect import Collector, Guidance, function_reader
 from iro_jax.data import Prompt, Rollout, RolloutStore, choose, split_by_prompt, subset
 from iro_jax.evaluation import Cost, Health, Ledger, Reader, drift, measure_health
 from iro_jax.metrics import Metrics
+from iro_jax.models.sharding import mesh_of
 from iro_jax.search import SelectFn
 from iro_jax.values import (
     Epoch,
@@ -377,6 +379,8 @@ class IRO:
     def _export(
         self, function: ValueFunction, stage: str, folder: Path, facts: dict[str, Any]
     ) -> None:
+        if not hosts.first():
+            return
         target = folder / "export"
         if target.exists():
             logging.info("%s was not entered as done: it is written again", target)
@@ -387,8 +391,13 @@ class IRO:
 
     def _load(self, folder: Path) -> ValueFunction:
         """A function from its export: a continued run searches with what it finds on disk."""
-        shared = self.start.model if self.start.frozen else None
-        return from_pretrained(folder / "export", backbone=shared)
+        start = self.start
+        return from_pretrained(
+            folder / "export",
+            backbone=start.model if start.frozen else None,
+            mesh=mesh_of(start.model.params),
+            rules=start.network.network.rules,
+        )
 
 
 def _value_stage(iteration: int) -> str:

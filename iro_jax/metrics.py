@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iro_jax import hosts
+
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
@@ -37,7 +39,7 @@ class Metrics:
     ):
         self._folder = folder
         self._wandb: Any = None
-        if wandb_project is not None:
+        if wandb_project is not None and hosts.first():
             try:
                 import wandb
             except ImportError as error:
@@ -59,7 +61,9 @@ class Metrics:
         return SummaryWriter(str(self._folder))
 
     def write(self, stage: str, step: int, numbers: Mapping[str, float]) -> None:
-        """Adds a point to the curve `stage/name` of each number."""
+        """Adds a point to the curve `stage/name` of each number; the first host does."""
+        if not hosts.first():
+            return
         for name, number in numbers.items():
             self._board.add_scalar(f"{stage}/{name}", number, step)
         if self._wandb is not None:

@@ -4,17 +4,20 @@
     manifest.json   the stages that are done, in order, with what they found
 
 A stage writes its results first and is entered here last, so that a killed run repeats at
-most one stage, of which everything that it had stored is still there.
+most one stage, of which everything that it had stored is still there. Where several hosts run
+together, the first one writes both files, and no host goes on before they are written.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from iro_jax import hosts
 from iro_jax.files import read_json, remove_unfinished, write_atomic
 
 SCHEMA = 1
@@ -40,12 +43,17 @@ class Workdir:
     def __init__(self, folder: str | Path, config: Mapping[str, Any]):
         self.folder = Path(folder)
         self.config = json.loads(json.dumps(config, sort_keys=True))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(self.folder)
-            self._check_config()
-        except OSError as error:
-            raise WorkdirError(f"{self.folder} cannot be written to. Got: {error}") from error
+        self._together = True
+        if hosts.first():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                remove_unfinished(self.folder)
+                self._check_config()
+            except OSError as error:
+                raise WorkdirError(f"{self.folder} cannot be written to. Got: {error}") from error
+        hosts.meet("workdir")
+        if not hosts.first():
+            self._check_shared()
         self._stages: dict[str, Any] = self._read_stages()
 
     @property
@@ -69,6 +77,12 @@ class Workdir:
         """What `finish` was told about a stage that is done."""
         return self._stages[stage]
 
+    def alone(self) -> Workdir:
+        """The same folder for what the first host does while the others do not wait."""
+        own = copy.copy(self)
+        own._together = False
+        return own
+
     @property
     def stages(self) -> tuple[str, ...]:
         """Those that are done, in the order in which they ended."""
@@ -80,7 +94,15 @@ class Workdir:
         Raises:
           WorkdirError: the disk is full or the folder not writable.
         """
-        stages = self._stages | {stage: result}
+        if hosts.first():
+            self._enter(self._stages | {stage: result}, stage)
+        if self._together:
+            hosts.meet(f"stage {stage}")
+        # As it will be read again.
+        self._stages = self._read_stages()
+        return self._stages[stage]
+
+    def _enter(self, stages: Mapping[str, Any], stage: str) -> None:
         content = {"schema": SCHEMA, "config_hash": self.config_hash, "stages": stages}
         text = json.dumps(content, indent=1) + "\n"
         try:
@@ -90,9 +112,20 @@ class Workdir:
                 f"Stage {stage!r} could not be entered in {self.folder / _MANIFEST}; what it"
                 f" stored is intact. Free some space and run again. Got: {error}"
             ) from error
-        # As it will be read again.
-        self._stages = json.loads(text)["stages"]
-        return self._stages[stage]
+
+    def _check_shared(self) -> None:
+        """Of the other hosts: that they see the first one's folder."""
+        path = self.folder / _CONFIG
+        if not path.exists():
+            raise WorkdirError(
+                f"{self.folder} must be a folder that all hosts share. Got: no {_CONFIG} of the"
+                f" first host's, on host {hosts.index()}"
+            )
+        if read_json(path, WorkdirError) != self.config:
+            raise WorkdirError(
+                f"{path} must be the same configuration on all hosts. Got: another one on host"
+                f" {hosts.index()}"
+            )
 
     def _check_config(self) -> None:
         path = self.folder / _CONFIG

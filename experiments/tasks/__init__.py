@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.devices import Devices
 from iro_jax.data import Prompt
 from iro_jax.evaluation import Ledger, Reader
 from iro_jax.models import Pretrained, TextFormat
@@ -75,6 +76,7 @@ class Context:
     workdir: Workdir
     ledger: Ledger
     progress: bool
+    devices: Devices = Devices()
 
     def path(self, name: str) -> Path:
         return self.workdir / name

@@ -19,16 +19,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 from sklearn.linear_model import LogisticRegression
 
-from iro_jax import baselines
+from iro_jax import baselines, hosts
 from iro_jax.baselines import Pair
 from iro_jax.data import Prompt, PromptError
 from iro_jax.data.sources import rows, shorten
 from iro_jax.evaluation import wins
 from iro_jax.models import Pretrained
+from iro_jax.models.sharding import RULES, Rules
 from iro_jax.rewards import TextAnswer
 from iro_jax.values import (
     AnswerTokens,
@@ -138,6 +140,7 @@ def train_reward(
     name: str,
     layer: int | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Trains a reward model and writes it to `folder/export`.
@@ -148,6 +151,7 @@ def train_reward(
       model: the backbone; in f32, if all of it is trained.
       name: that loads the backbone again.
       layer: that a head reads; None for the states after the final norm.
+      mesh: over the devices of all hosts, which share the work where all weights are trained.
 
     Returns:
       How many pairs there were, and the share of the held-out ones in the right order.
@@ -180,6 +184,7 @@ def train_reward(
             FitSettings(**spec.fit, seed=seed),
             remat=spec.remat,
             folder=folder / "checkpoints",
+            mesh=mesh,
             progress=progress,
         )
         function, accuracy = tuned.function, tuned.accuracy
@@ -188,18 +193,22 @@ def train_reward(
         f" ({spec.trainable} trained). {accuracy:.3f} of {len(held_out)} other pairs are told"
         " right.\n"
     )
-    shutil.rmtree(folder / "export", ignore_errors=True)
-    save_value(function, folder / "export", card=card)
+    if hosts.first():
+        shutil.rmtree(folder / "export", ignore_errors=True)
+        save_value(function, folder / "export", card=card)
     return {"pairs": len(train), "held_out": len(held_out), "pair_accuracy": accuracy}
 
 
-def open_reward(folder: Path, model: Pretrained | None) -> ValueFunction:
+def open_reward(
+    folder: Path, model: Pretrained | None, mesh: Mesh | None = None, rules: Rules = RULES
+) -> ValueFunction:
     """What `train_reward` has written.
 
     Args:
       model: the backbone that a head shares, if it is loaded.
+      mesh, rules: where other weights are put; see `iro_jax.models.from_pretrained`.
     """
-    return load_value(folder / "export", backbone=model)
+    return load_value(folder / "export", backbone=model, mesh=mesh, rules=rules)
 
 
 def _last_states(

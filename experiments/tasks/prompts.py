@@ -34,7 +34,7 @@ from experiments.tasks.rewards import build_reward, load_reward_model
 from iro_jax.collect import function_reader
 from iro_jax.data import Prompt, read_prompts
 from iro_jax.evaluation import Reader
-from iro_jax.models import Pretrained, TextFormat, from_pretrained
+from iro_jax.models import Pretrained, TextFormat
 from iro_jax.rewards import Reward
 from iro_jax.values import (
     AnswerTokens,
@@ -59,7 +59,7 @@ def build(context: Context) -> Task:
             f" Got: {context.config.eval.split!r}"
         )
     # What reward and value functions both start from is loaded once.
-    load = functools.cache(from_pretrained)
+    load = functools.cache(context.devices.load)
     train = _read(task.train, "task.train")
     sets = {
         name: _read(fields, f"task.evaluation.{name}" if name else "task.evaluation", name)
@@ -67,7 +67,8 @@ def build(context: Context) -> Task:
     }
     learned = _learned_reward(context, load) if trains_reward(context.config) else None
     reward_model = load_reward_model(task.reward, "reward", load)
-    if learned is not None and not learned.frozen:
+    if learned is not None and learned.network.head is None:
+        # A network with a score head of its own, as any other reward model.
         reward_model, learned = learned.model, None
     if learned is not None:
         start = learned
@@ -136,15 +137,17 @@ def _learned_reward(context: Context, load: Load) -> ValueFunction:
             facts = train_reward(
                 spec,
                 place,
-                shared or from_pretrained(name, dtype="float32"),
+                shared or context.devices.load(name, "float32"),
                 folder,
                 name=name,
                 layer=config.value.layer,
                 seed=config.seed,
+                mesh=context.devices.mesh,
                 progress=context.progress,
             )
         context.workdir.finish(_REWARD, facts)
-    return open_reward(folder, shared)
+    devices = context.devices
+    return open_reward(folder, shared, devices.own, devices.value_rules)
 
 
 def value_start(context: Context, start: ValueFunction, text_format: TextFormat) -> dict[str, Any]:
@@ -158,12 +161,13 @@ def value_start(context: Context, start: ValueFunction, text_format: TextFormat)
     }
 
 
-def start_function(context: Context, load: Load = from_pretrained) -> ValueFunction:
+def start_function(context: Context, load: Load | None = None) -> ValueFunction:
     """What V_0 starts from.
 
     Args:
-      load: opens a model.
+      load: opens a model; by default where the run's networks lie.
     """
+    load = load or context.devices.load
     chosen, found = context.config.value, value_source(context.config)
     model = context.policy if found is None else load(found.place)
     source = context.policy_name if found is None else found.place

@@ -30,11 +30,13 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 from experiments.sources import value_source
 from experiments.tasks import Context, Task
+from iro_jax import hosts
 from iro_jax.collect import function_reader
 from iro_jax.data import Prompt
 from iro_jax.evaluation import Reader, wins
-from iro_jax.models import Pretrained, from_pretrained, pad_prompts, render
+from iro_jax.models import Pretrained, pad_prompts, render
 from iro_jax.models.network import Depth
+from iro_jax.models.sharding import where
 from iro_jax.rewards import Answer, ClassifierReward
 from iro_jax.values import (
     AnswerTokens,
@@ -148,7 +150,7 @@ def _backbone(context: Context) -> tuple[Pretrained, str]:
     source = value_source(context.config)
     if source is None:
         return context.policy, context.policy_name
-    return from_pretrained(source.place), source.place
+    return context.devices.load(source.place), source.place
 
 
 def _reward_model(
@@ -181,8 +183,9 @@ def _reward_model(
             f" Fitted to {len(reviews) - held_out} IMDB reviews;"
             f" {accuracies['held_out_accuracy']:.3f} of {held_out} others are told right.\n"
         )
-        shutil.rmtree(folder, ignore_errors=True)
-        save_value(function, folder / "export", card=card)
+        if hosts.first():
+            shutil.rmtree(folder, ignore_errors=True)
+            save_value(function, folder / "export", card=card)
         workdir.finish(_REWARD, accuracies)
     return load_value(folder / "export", backbone=backbone)
 
@@ -205,7 +208,8 @@ def _states(
     for start in range(0, len(texts), rows):
         some = texts[start : start + rows]
         batch = pad_prompts(some, length=longest, rows=rows)
-        states = np.asarray(read(backbone.params, batch.tokens, batch.mask))
+        with where(backbone.params):
+            states = np.asarray(read(backbone.params, batch.tokens, batch.mask))
         for row, text in enumerate(some):
             found.append(states[row, [min(crop, len(text)) - 1 for crop in crops]])
     return np.stack(found)

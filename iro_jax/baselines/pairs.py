@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from iro_jax.baselines.losses import bradley_terry_loss
@@ -24,6 +25,7 @@ from iro_jax.baselines.policies import (
 )
 from iro_jax.data import Prompt
 from iro_jax.models import Pretrained
+from iro_jax.models.sharding import where
 from iro_jax.rewards import Answer
 from iro_jax.values import AnswerTokens, ValueFunction, ValueNetwork, ValueParams
 from iro_jax.values.fit import Batch, Example, FitSettings, fit
@@ -136,6 +138,7 @@ def tune_reward(
     *,
     remat: bool = False,
     folder: Path,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> TunedReward:
     """A reward model from preference pairs: all weights, by the loss of Bradley and Terry.
@@ -145,6 +148,7 @@ def tune_reward(
       pairs, held_out: to train on, and to measure on.
       tokens: answers as the model reads them.
       folder: of the checkpoints.
+      mesh: as in `iro_jax.values.fit.fit`.
 
     Raises:
       ValueError: there are no pairs.
@@ -172,6 +176,7 @@ def tune_reward(
         measured,
         settings,
         folder=folder,
+        mesh=mesh,
         progress=progress,
         desc="reward model",
     )
@@ -181,7 +186,8 @@ def tune_reward(
     for start_row in range(0, len(measured), settings.batch_size):
         some = measured[start_row : start_row + settings.batch_size]
         batch = {name: np.stack([example[name] for example in some]) for name in some[0]}
-        better, worse = np.asarray(rank(params, batch)).T
+        with where(params.backbone):
+            better, worse = np.asarray(rank(params, batch)).T
         right += [*((better > worse) + 0.5 * (better == worse))]
     model = dataclasses.replace(start.model, params=params.backbone)
     function = dataclasses.replace(start, model=model, params=params, source=None)

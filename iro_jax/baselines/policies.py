@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from iro_jax.baselines.losses import dpo_loss, grpo_loss, irepo_loss
 from iro_jax.models import Network, Params, Pretrained, bucket_length
 from iro_jax.models.lora import Adapters, Target, init_adapters, merge_into
+from iro_jax.models.sharding import where
 from iro_jax.values.fit import Batch, Epoch, Example, FitSettings, Objective, fit
 
 Reading: TypeAlias = tuple[Int[np.ndarray, " S"], Int[np.ndarray, " N"]]
@@ -255,7 +256,8 @@ def answer_log_probs(
 
 
 def _masked_log_probs(network: Network, params: Params, batch: Example) -> np.ndarray:
-    log_probs = _compiled_log_probs(network, params, batch["tokens"], batch["mask"])
+    with where(params):
+        log_probs = _compiled_log_probs(network, params, batch["tokens"], batch["mask"])
     return np.where(batch["answer"], np.asarray(log_probs), 0.0)
 
 

@@ -67,7 +67,8 @@ class RolloutStore:
     """The rollouts of one iteration on disk, and a data source for Grain.
 
     `len` and indexing run over the shards that are written, in the order of the plan. One
-    process may write at a time; any number may read. Stores can be pickled.
+    process may write at a time, any number may read. Where several hosts fill a store, all of them
+    write shards and the first one the manifest: see `write` and `adopt`. Stores can be pickled.
     """
 
     shards: tuple[Shard, ...]
@@ -140,6 +141,7 @@ class RolloutStore:
                 for shard in store.shards
             ]
         )
+        store.adopt()
         return store
 
     @classmethod
@@ -173,12 +175,13 @@ class RolloutStore:
         """Numbers of the planned shards that are not written."""
         return [number for number, shard in enumerate(self.shards) if not shard.written]
 
-    def write(self, number: int, rollouts: Sequence[Rollout]) -> None:
+    def write(self, number: int, rollouts: Sequence[Rollout], *, enter: bool = True) -> None:
         """Writes a shard; when it returns, the shard is on the disk and in the manifest.
 
         Args:
           number: of the shard in the plan.
           rollouts: of the shard's prompts, in the plan's order.
+          enter: otherwise its entry is left beside it, for another process to `adopt`.
 
         Raises:
           RolloutError: the disk is full or the folder not writable; all that was stored is as
@@ -210,8 +213,32 @@ class RolloutStore:
                 bytes=size,
                 sha256=checksum,
             )
-            # Killed before this line: the shard counts as missing, and is written again.
-            self._write_manifest(shards)
+            # Killed before these lines: the shard counts as missing, and is written again.
+            if enter:
+                self._write_manifest(shards)
+            else:
+                write_atomic(_beside(path), json.dumps(dataclasses.asdict(shards[number])))
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        self._set_shards(shards)
+
+    def adopt(self) -> None:
+        """Enters the shards into the manifest that other processes have written.
+
+        Raises:
+          RolloutError: the disk is full or the folder not writable.
+        """
+        shards = list(self.shards)
+        entries = [_beside(self.folder / shard.file) for shard in shards]
+        for number, entry in enumerate(entries):
+            if entry.exists() and not shards[number].written:
+                fields = read_json(entry, RolloutError)
+                shards[number] = Shard(**fields | {"prompts": tuple(fields["prompts"])})
+        try:
+            if tuple(shards) != self.shards:
+                self._write_manifest(shards)
+            for entry in entries:
+                entry.unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
         self._set_shards(shards)
@@ -306,6 +333,11 @@ def _write_records(path: Path, records: Sequence[bytes]) -> None:
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _beside(path: Path) -> Path:
+    """Where a shard's entry waits to be adopted."""
+    return path.with_suffix(".json")
 
 
 def _damaged(path: Path, expected: str, got: str) -> RolloutError:

@@ -100,15 +100,24 @@ class Entry:
 
 
 class Ledger:
-    """An append-only file of entries. One process writes; any number may read meanwhile."""
+    """An append-only file of entries. One process writes; any number may read meanwhile.
 
-    def __init__(self, path: str | os.PathLike[str]):
+    Where several hosts run together, each but the first has a file of its own beside it,
+    `cost-1.jsonl` and so on. What all of them have done together counts once.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], host: int = 0):
         """The ledger at `path`; the file appears with its first entry.
+
+        Args:
+          host: the number of this one.
 
         Raises:
           LedgerError: a line is no entry.
         """
-        self.path = Path(path)
+        shared = Path(path)
+        self.path = shared if host == 0 else shared.with_stem(f"{shared.stem}-{host}")
+        self._shared = shared
         self.entries()
 
     def entries(self) -> list[Entry]:
@@ -118,20 +127,25 @@ class Ledger:
           LedgerError: a line is no entry.
         """
         latest: dict[tuple[str, int | str], Entry] = {}
-        if not self.path.exists():
-            return []
+        others = self._shared.parent.glob(f"{self._shared.stem}-*{self._shared.suffix}")
+        for path in (self._shared, *sorted(others)):
+            if path.exists():
+                self._read(path, latest)
+        return list(latest.values())
+
+    @staticmethod
+    def _read(path: Path, latest: dict[tuple[str, int | str], Entry]) -> None:
         # What follows the last line break is a write that a kill has interrupted.
-        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 entry = Entry.from_json(json.loads(line))
             except (ValueError, TypeError, AttributeError) as error:
                 raise LedgerError(
-                    f"{self.path}, line {number}: expected an entry of the cost ledger, one JSON"
+                    f"{path}, line {number}: expected an entry of the cost ledger, one JSON"
                     f" object a line ({error}). Got: {line[:80].decode(errors='replace')}"
                 ) from error
             before = latest.get((entry.stage, entry.unit))
             latest[entry.stage, entry.unit] = entry if before is None else _again(before, entry)
-        return list(latest.values())
 
     def totals(self, phase: Phase | None = None, stage: str | None = None) -> Cost:
         """The sum over units, of one phase or stage or of all; each unit counts once."""

@@ -55,6 +55,7 @@ from iro_jax.models import (
     render,
 )
 from iro_jax.models.generate import KeyedBatch, batch_prompts, name_prompts
+from iro_jax.models.sharding import where
 from iro_jax.models.stop import cut
 from iro_jax.models.text import Message, check_ids, end_of_turn
 from iro_jax.search import (
@@ -343,7 +344,8 @@ class ApiGuide:
         def answer(batch: KeyedBatch) -> list[Guided]:
             filling = [None] * (self.batch_size - len(batch.indices))
             self.sampler.start([*(texts[index] for index in batch.indices), *filling])
-            output = jax.device_get(self._search_batch(batch))
+            with where(self.params):
+                output = jax.device_get(self._search_batch(batch))
             found = [
                 self.final_choice(prompts[index], output, row, self._read)
                 for row, index in enumerate(batch.indices)

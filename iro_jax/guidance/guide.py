@@ -56,6 +56,7 @@ from iro_jax.models.generate import (
     name_prompts,
     prompt_keys,
 )
+from iro_jax.models.sharding import mesh_of, run_where, where
 from iro_jax.models.stop import cut, stop_table
 from iro_jax.models.text import check_ids, end_of_turn
 from iro_jax.models.token_bytes import token_bytes
@@ -91,7 +92,7 @@ class Guide:
       driver: `program` runs a whole search as one program, `host` a program a chunk, `continuous`
         too, and lets waiting prompts take the places of those that are done: for answers of
         different lengths, where no bridge is needed. `auto` takes `host` where a bridge is needed
-        and the platform is not the CPU, otherwise `program`.
+        and the platform is not one CPU, otherwise `program`.
     """
 
     def __init__(
@@ -156,7 +157,9 @@ class Guide:
         self.params = GuidedParams(policy.params, scorer_params, table)
         contexts = [network.config.context_length for network in _networks(self.search)]
         self.text_format = text_format.beside(max_new_tokens, contexts)
-        off_program = isinstance(scorer, BridgedValues) and jax.default_backend() != "cpu"
+        # A program that asks the host in between is for one CPU.
+        elsewhere = jax.default_backend() != "cpu" or mesh_of(policy.params) is not None
+        off_program = isinstance(scorer, BridgedValues) and elsewhere
         self._from_host = driver == "host" or (driver == "auto" and off_program)
         self._continuous = self.search.continuous(batch_size) if driver == "continuous" else None
         self._programs = [(self.search, self._compile(self.search))]
@@ -205,17 +208,20 @@ class Guide:
         """Prompts and what was found for them, on the host, as soon as it is."""
         if self._continuous is None:
             for batch in batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size):
-                yield batch.indices, jax.device_get(self._search_batch(batch))
+                with where(self.params):
+                    output = jax.device_get(self._search_batch(batch))
+                yield batch.indices, output
             return
         for group in bucket_groups(rendered, self.batch_size):
             padded = pad_prompts([rendered[index][0] for index in group])
             keys = prompt_keys(seed, [names[index] for index in group])
-            for number, output in self._continuous(
+            found = self._continuous(
                 self.params,
                 keys,
                 (padded.tokens, padded.mask),
                 max_new_tokens=self.search.capacity,
-            ):
+            )
+            for number, output in run_where(self.params, found):
                 check_scores(output, first=group[number])
                 yield (group[number],), output
 

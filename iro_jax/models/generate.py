@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from iro_jax.models.network import Network, Params
 from iro_jax.models.sampling import Sampling, draw
+from iro_jax.models.sharding import where
 from iro_jax.models.text import (
     Conversation,
     PromptBatch,
@@ -337,10 +338,9 @@ class Sampler:
         bar = tqdm(total=len(prompts), unit="prompt", disable=not progress)
         for batch in batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size):
             [padded] = batch.prompts
-            sampled = self._generate(
-                self.model.params, batch.keys, padded.tokens, padded.mask, num_samples=num_samples
-            )
-            sampled = jax.device_get(sampled)
+            arrays = (self.model.params, batch.keys, padded.tokens, padded.mask)
+            with where(self.model.params):
+                sampled = jax.device_get(self._generate(*arrays, num_samples=num_samples))
             for row, index in enumerate(batch.indices):
                 answers[index] = [self._complete(sampled, row, n) for n in range(num_samples)]
             bar.update(len(batch.indices))

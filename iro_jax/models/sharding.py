@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 from flax import nnx
 from flax.core import FrozenDict
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+T = TypeVar("T")
 PyTree: TypeAlias = Any
 MeshAxes: TypeAlias = str | tuple[str, ...]
 Rules: TypeAlias = FrozenDict[str, MeshAxes]
@@ -108,6 +109,16 @@ def spread_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(spread, *rest))
 
 
+def whole_rows(table: jax.Array) -> jax.Array:
+    """A table whose rows are going to be looked up, on a mesh: no row is split.
+
+    Otherwise XLA would replicate what was found on all devices.
+    """
+    if automatic_mesh() is None:
+        return table
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+
+
 def automatic_mesh() -> AbstractMesh | None:
     """The mesh of `jax.set_mesh` if it has several devices and XLA places arrays on it.
 
@@ -118,20 +129,26 @@ def automatic_mesh() -> AbstractMesh | None:
     return mesh if mesh.size > 1 and automatic else None
 
 
-def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
-    """A `NamedSharding` for every array of a tree, in its structure.
+def tree_specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> PyTree:
+    """A `PartitionSpec` for every array of a tree, in its structure.
 
     Parameters that name their axes (`nnx.Variable`) follow the rules; anything else is replicated.
     """
 
     def place(node):
         if not isinstance(node, nnx.Variable):
-            return NamedSharding(mesh, PartitionSpec())
+            return PartitionSpec()
         value = node.get_value()
         axes = node.get_metadata().get("axes", (None,) * value.ndim)
-        return node.replace(named_sharding(axes, value.shape, mesh, rules))
+        return node.replace(partition_spec(axes, value.shape, mesh, rules))
 
     return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
+    """As `tree_specs`, a `NamedSharding` each."""
+    specs = tree_specs(tree, mesh, rules)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def pin(tree: PyTree, places: PyTree) -> PyTree:
@@ -160,3 +177,14 @@ def where(tree: PyTree) -> Iterator[None]:
     mesh = mesh_of(tree)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
+
+
+def run_where(tree: PyTree, items: Iterator[T]) -> Iterator[T]:
+    """The items of an iterator that runs programs, each made inside `where(tree)`."""
+    while True:
+        with where(tree):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item

@@ -25,7 +25,7 @@ from iro_jax.models import rope as rope_lib
 from iro_jax.models.attention import Part, attend
 from iro_jax.models.config import Activation, Layer, TransformerConfig
 from iro_jax.models.lora import Adapter, Target
-from iro_jax.models.sharding import automatic_mesh, spread_batch
+from iro_jax.models.sharding import automatic_mesh, spread_batch, whole_rows
 
 AttendFn = Callable[[Array, Sequence[Part], float | None], Array]
 
@@ -251,7 +251,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*batch length"]) -> Float[Array, "*batch length D"]:
         dtype = jnp.dtype(self.config.dtype)
-        x = self.embedding[...][tokens].astype(dtype)
+        x = whole_rows(self.embedding[...])[tokens].astype(dtype)
         if self.config.scale_embeddings:
             x *= jnp.asarray(math.sqrt(self.config.embed_dim), dtype)
         return spread_batch(x)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from iro_jax.models import PromptBatch, bucket_length, pad_prompts
+from iro_jax.models.sharding import where
 
 ScoreFn: TypeAlias = Callable[
     [object, Int[Array, "batch length"], Bool[Array, "batch length"]],
@@ -82,5 +83,6 @@ class TokenScores:
         return [found[index] for index in range(len(sequences))]
 
     def _read(self, batch: PromptBatch) -> np.ndarray:
-        scores = self._scores(self.params, batch.tokens, batch.mask)
+        with where(self.params):
+            scores = self._scores(self.params, batch.tokens, batch.mask)
         return np.asarray(jax.device_get(scores), np.float32)

@@ -14,6 +14,7 @@ from typing import TypeAlias, get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from iro_jax.data import Rollout, RolloutStore
@@ -36,6 +37,7 @@ from iro_jax.values.objectives import (
     token_examples,
 )
 from iro_jax.values.packing import packing_for
+from iro_jax.values.placement import Placement
 from iro_jax.values.prefixes import StateCache, group_by_prompt, head_values, prefix_values
 
 _Part: TypeAlias = tuple[Sequence[Rollout], Sequence[float], Sequence[np.ndarray] | None]
@@ -116,6 +118,7 @@ class ValueFitter:
       tokens: rollouts as the value functions read them.
       states: of the frozen backbone, where only heads are trained.
       next_states: one token further, for the loss `cdq`.
+      mesh: see `iro_jax.values.fit`.
       progress: whether to show bars.
     """
 
@@ -126,12 +129,14 @@ class ValueFitter:
         *,
         states: StateCache | None = None,
         next_states: NextStates | None = None,
+        mesh: Mesh | None = None,
         progress: bool = False,
     ):
         self.settings = settings
         self.tokens = tokens
         self.states = states
         self.next_states = next_states
+        self.mesh = mesh
         self.progress = progress
 
     def check(self, start: ValueFunction, *, compress: bool) -> None:
@@ -269,6 +274,8 @@ class ValueFitter:
             mean, std = scale
             function = _with_folded_inputs(function, -mean / std, 1 / std)
         config = function.network.network.config
+        with Placement(self.mesh).active():
+            packing = packing_for(config, train, held_out, settings)
         found = fit(
             objective,
             objective.initial(function.params),
@@ -280,8 +287,9 @@ class ValueFitter:
             progress=self.progress,
             desc=desc,
             on_epoch=on_epoch,
-            arrange=packing_for(config, train, held_out, settings),
+            arrange=packing,
             count=functools.partial(objective.work, function.params),
+            mesh=self.mesh,
         )
         function = function.with_params(objective.combine(function.params, found.params))
         if scale is not None:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from iro_jax.models import Network, Params, Pretrained, pad_prompts
 from iro_jax.models.cache import CachePart
 from iro_jax.models.network import Depth
+from iro_jax.models.sharding import where
 from iro_jax.values.reading import slots_for
 
 NextTokens: TypeAlias = tuple[Float[np.ndarray, "N+1 k D"], Float[np.ndarray, "N+1 k"]]
@@ -70,17 +71,12 @@ class NextStates:
             for row, (_, answer) in enumerate(some):
                 tokens[row, : len(answer)] = answer
                 mask[row, : len(answer)] = True
-            states, probabilities = _read(
-                self.policy.network,
-                self.policy.params,
-                prompts.tokens,
-                prompts.mask,
-                tokens,
-                mask,
-                self.temperature,
-                depth=self.depth,
-                count=self.count,
-            )
+            arrays = (prompts.tokens, prompts.mask, tokens, mask, self.temperature)
+            policy = self.policy
+            with where(policy.params):
+                states, probabilities = _read(
+                    policy.network, policy.params, *arrays, depth=self.depth, count=self.count
+                )
             states, probabilities = np.asarray(states), np.asarray(probabilities)
             for row, (_, answer) in enumerate(some):
                 size = len(answer) + 1

@@ -22,6 +22,7 @@ from iro_jax.models.sharding import (
     named_sharding,
     pin,
     tree_shardings,
+    tree_specs,
 )
 
 PyTree: TypeAlias = Any
@@ -84,8 +85,7 @@ def keep_placed(tree: PyTree) -> PyTree:
     mesh = automatic_mesh()
     if mesh is None:
         return tree
-    places = tree_shardings(tree, mesh, TRAINING)
-    return pin(tree, jax.tree.map(lambda place: place.spec, places))
+    return pin(tree, tree_specs(tree, mesh, TRAINING))
 
 
 def move(x: Any, place: NamedSharding) -> jax.Array:

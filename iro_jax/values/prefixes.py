@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from iro_jax.models import Pretrained, bucket_length
 from iro_jax.models.network import Depth
+from iro_jax.models.sharding import where
 from iro_jax.values.function import ValueFunction
 from iro_jax.values.heads import Head, HeadParams
 from iro_jax.values.network import ValueNetwork, ValueParams
@@ -97,7 +98,9 @@ def prefix_values(
             ids = np.concatenate(reading)
             tokens[row, : len(ids)] = ids
             mask[row, : len(ids)] = True
-        values = np.asarray(_forward(function.params, tokens, mask, network=function.network))
+        with where(function.params.backbone):
+            found_values = _forward(function.params, tokens, mask, network=function.network)
+        values = np.asarray(found_values)
         for row, (prompt, answer) in enumerate(some):
             found.append(values[row, len(prompt) - 1 : len(prompt) + len(answer), 0])
     return found

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from iro_jax.models import Network, Params, bucket_length, pad_prompts
 from iro_jax.models.network import Depth
+from iro_jax.models.sharding import where
 
 T = TypeVar("T")
 
@@ -95,17 +96,10 @@ class StateReader:
                 for column, answer in enumerate(answers):
                     tokens[row, column, : len(answer)] = answer
                     mask[row, column, : len(answer)] = True
-            states = np.asarray(
-                _read(
-                    self.network,
-                    params,
-                    padded.tokens,
-                    padded.mask,
-                    tokens,
-                    mask,
-                    depth=self.depth,
-                )
-            )
+            arrays = (padded.tokens, padded.mask, tokens, mask)
+            with where(params):
+                read = _read(self.network, params, *arrays, depth=self.depth)
+            states = np.asarray(read)
             for row, (index, _, answers) in enumerate(batch):
                 found[index] += [
                     states[row, column, : len(answer) + 1] for column, answer in enumerate(answers)

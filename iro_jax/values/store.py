@@ -24,10 +24,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from iro_jax.models import CheckpointError, Network, Params, Pretrained, save_pretrained
 from iro_jax.models import from_pretrained as load_model
+from iro_jax.models.sharding import RULES, Rules
 from iro_jax.models.weights import staged_folder
 from iro_jax.models.weights.checkpoint import read_json
 from iro_jax.values.function import ValueFunction, merge_adapters
@@ -104,6 +106,8 @@ def from_pretrained(
     *,
     backbone: Pretrained | None = None,
     dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> ValueFunction:
     """Opens an exported value function, or any (process) reward model with a score head.
 
@@ -111,7 +115,7 @@ def from_pretrained(
       name: a folder, or whatever `iro_jax.models.from_pretrained` takes.
       backbone: the frozen backbone that the function shares, if it is loaded already; a
         function that carries its own has no use for it.
-      dtype: as in `iro_jax.models.from_pretrained`.
+      dtype, mesh, rules: as in `iro_jax.models.from_pretrained`.
 
     Raises:
       CheckpointError: it is incomplete, damaged, or no value function.
@@ -119,7 +123,7 @@ def from_pretrained(
     folder = Path(name)
     described = (folder / DESCRIPTION).exists()
     if not described or (backbone is None and _is_whole(folder)):
-        model = load_model(name, dtype=dtype)
+        model = load_model(name, dtype=dtype, mesh=mesh, rules=rules)
         if model.network.config.head != "score":
             raise CheckpointError(
                 f"{model.origin}: neither a reward model nor an exported value function"
@@ -129,9 +133,9 @@ def from_pretrained(
     description = _read_description(folder)
     head, source = description["head"], description["backbone"]
     if source is None:
-        model = load_model(folder, dtype=dtype)
+        model = load_model(folder, dtype=dtype, mesh=mesh, rules=rules)
     else:
-        model = load_model(source, dtype=dtype) if backbone is None else backbone
+        model = backbone or load_model(source, dtype=dtype, mesh=mesh, rules=rules)
     params = _read_head(folder / WEIGHTS, head, model.network.config.embed_dim)
     try:
         network = ValueNetwork(model.network, head, description["layer"])
@@ -193,7 +197,7 @@ def _as_score_model(function: ValueFunction) -> Pretrained:
     model = function.model
     params, network = function.params.backbone, function.network.network
     if function.params.head is not None:
-        network = Network(network.config.replace(head="score"))
+        network = Network(network.config.replace(head="score"), rules=network.rules)
         kernel = function.params.head[0]["kernel"][0].T
         params = _with_score_head(params, network, kernel)
     tokenizer, pad = _with_unused_pad(model.tokenizer, model.eos_ids, network.config.vocab_size)

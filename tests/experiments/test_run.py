@@ -15,6 +15,7 @@ from iro_jax import files, values
 from iro_jax.collect import Collector, Guidance
 from iro_jax.data import Prompt, PromptError, RolloutError, RolloutStore
 from iro_jax.evaluation import Ledger
+from iro_jax.models import from_pretrained
 from iro_jax.rewards import CallableReward
 from iro_jax.values import FitError
 from iro_jax.workdir import Workdir, WorkdirError
@@ -181,7 +182,7 @@ def test_a_prompt_that_comes_up_again_gets_other_draws(finished, tmp_path):
     stores = [RolloutStore.open(tmp_path / "run" / f"iter_{t}/rollouts") for t in range(2)]
     first, second = ({r.prompt.id for r in store.all()} for store in stores)
     assert len(first & second) == 6
-    policy = command.from_pretrained(config.policy.name)
+    policy = from_pretrained(config.policy.name)
     settings = search_settings(config)
     collector = Collector(
         policy,

@@ -18,6 +18,11 @@ def write_model(folder: Path, words: list[str], *, seed: int = 0) -> None:
     save_pretrained(tiny_pretrained(word_tokenizer(words), seed=seed, origin=folder), folder)
 
 
+def write_reward_model(folder: Path, words: list[str], *, seed: int = 2) -> None:
+    tokenizer = word_tokenizer(words)
+    save_pretrained(tiny_pretrained(tokenizer, head="score", seed=seed, origin=folder), folder)
+
+
 def write_prompts(path: Path, count: int, *, first: int = 0) -> None:
     lines = [
         json.dumps({"id": f"p{i}", "prompt": f"{WORDS[i % 40]} {WORDS[(7 * i) % 40]} w1"})
@@ -48,6 +53,7 @@ def get_config(root: str) -> ConfigDict:
         config.value.backbone = f"{root}/values"
     config.name = "tiny"
     config.policy.name = f"{root}/policy"
+    config.mesh.data = 1
     config.task = ConfigDict(
         {
             "name": "prompts",

@@ -1,5 +1,6 @@
 """A prompt's answer is its own: alone, in a batch, in another bucket, on eight devices."""
 
+import dataclasses
 import os
 
 import jax
@@ -8,10 +9,19 @@ import numpy as np
 import pytest
 
 from iro_jax import search as s
-from iro_jax.guidance import GuidedParams, GuidedSearch, PolicyHeads, PolicyHeadsParams
+from iro_jax.guidance import (
+    GuidedParams,
+    GuidedSearch,
+    PolicyHeads,
+    PolicyHeadsParams,
+    ValueSum,
+    ValueSumParams,
+)
 from iro_jax.models import Sampling, draw_keys, gumbel_noise, make_mesh, prompt_keys, render, warp
-from iro_jax.values import Head
-from tests.guidance.cases import POLICY, batch, guided, guided_params, prompts, scored
+from iro_jax.models.sharding import REPLICATED, RULES, tree_shardings
+from iro_jax.testing import tiny_network
+from iro_jax.values import Head, ValueNetwork, ValueParams
+from tests.guidance.cases import SIZES, batch, guided, guided_params, prompts, scored, weights
 
 # The same prompts can be searched with the real model in greater number than CI has time for.
 REAL_PROMPTS = int(os.environ.get("IRO_JAX_INVARIANCE_PROMPTS", "16"))
@@ -23,14 +33,13 @@ def search_all(search, params, some, *, rows, length, mesh=None):
     run = jax.jit(search)
     outputs = []
     if mesh is not None:
-        params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.P()))
+        params = jax.device_put(params, tree_shardings(params, mesh))
     for start in range(0, len(some), rows):
         members = [(start + i) % len(some) for i in range(rows)]
         tokens, mask = batch([some[i] for i in members], length=length)
         keys = prompt_keys(0, [str(i) for i in members])
         arguments = (keys, tokens, mask)
         if mesh is not None:
-            arguments = jax.device_put(arguments, jax.sharding.NamedSharding(mesh, jax.P("data")))
             with jax.set_mesh(mesh):
                 output = run(params, *arguments)
         else:
@@ -106,25 +115,48 @@ def test_200_answers_are_the_same_in_every_way(name):
     check_all_ways(guided(scorer), guided_params(scorer_params), prompts(200), 32)
 
 
-def test_on_a_mesh_that_also_splits_the_model():
-    scorer, scorer_params = scored()["shared backbone"]
-    search, params, some = guided(scorer), guided_params(scorer_params), prompts(16)
-    mesh = make_mesh(data=4, model=2)
-    placed = GuidedParams(
-        jax.device_put(params.policy, POLICY.param_shardings(mesh)), params.scorer
+def wide_search(value_rules=RULES):
+    """Networks of which eight devices can share every part, and their parameters."""
+    policy = tiny_network(num_heads=8, num_kv_heads=8)
+    network = tiny_network(num_heads=16, num_kv_heads=8, head="score")
+    network = dataclasses.replace(network, rules=value_rules)
+    search = GuidedSearch(
+        policy, ValueSum((ValueNetwork(network),)), Sampling(0.9, top_k=20), (2, 3), **SIZES
     )
+    values = ValueSumParams((ValueParams(weights(network, 1)),), jnp.ones(1))
+    return search, GuidedParams(weights(policy, 0), values)
+
+
+@pytest.mark.slow
+def test_200_answers_are_the_same_on_every_mesh():
+    search, params = wide_search()
+    some = prompts(200)
+    reference = search_all(search, params, some, rows=ROWS, length=32)
+    for shape in [(8, 1), (4, 2), (2, 4), (1, 8)]:
+        found = search_all(search, params, some, rows=ROWS, length=32, mesh=make_mesh(*shape))
+        assert same_answers(search, params, some, reference, found) >= 0.99
+
+
+def test_networks_of_one_program_may_be_placed_by_different_rules():
+    search, params = wide_search(REPLICATED)
+    some, mesh = prompts(8), make_mesh(2, 4)
     reference = search_all(search, params, some, rows=8, length=32)
-    run = jax.jit(search)
-    for start in (0, 8):
-        tokens, mask = batch(some[start : start + 8])
-        keys = prompt_keys(0, [str(i) for i in range(start, start + 8)])
-        with jax.set_mesh(mesh):
-            output = jax.device_get(run(placed, keys, tokens, mask))
-        for row in range(8):
-            np.testing.assert_array_equal(
-                output.finalists.tokens[row, output.best[row]],
-                reference[0].tokens[start + row, reference[1][start + row]],
-            )
+    whole = tree_shardings(params.scorer, mesh, REPLICATED)
+    params = GuidedParams(params.policy, jax.device_put(params.scorer, whole))
+    placed = dataclasses.replace(
+        params, policy=jax.device_put(params.policy, search.policy.param_shardings(mesh))
+    )
+    tokens, mask = batch(some)
+    keys = prompt_keys(0, [str(i) for i in range(8)])
+    with jax.set_mesh(mesh):
+        root = jax.jit(search.root)(placed, tokens, mask)
+        output = jax.device_get(jax.jit(search)(placed, keys, tokens, mask))
+    [values] = root.score_memory
+    for cache, heads in ((root.expand_memory.cache, 2), (values.cache, 8)):
+        keys = cache.beams.keys[0]
+        assert keys.sharding.shard_shape(keys.shape)[:3] == (4, SIZES["beam_width"], heads)
+    np.testing.assert_array_equal(output.best, reference[1])
+    np.testing.assert_array_equal(output.finalists.tokens, reference[0].tokens)
 
 
 @pytest.mark.slow

@@ -238,7 +238,7 @@ def _load(
     abstract = dict(nnx.to_flat_state(network.abstract_params()))
     shardings: dict[ParamPath, Sharding]
     if mesh is None:
-        shardings = dict.fromkeys(abstract, SingleDeviceSharding(jax.devices()[0]))
+        shardings = dict.fromkeys(abstract, SingleDeviceSharding(jax.local_devices()[0]))
     else:
         flat = nnx.to_flat_state(network.param_shardings(mesh))
         shardings = {path: variable.get_value() for path, variable in flat}

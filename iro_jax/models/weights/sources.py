@@ -50,7 +50,7 @@ class HubError(CheckpointError):
         of_revision = "" if revision is None else f" of revision {revision!r}"
         super().__init__(
             f"{repo!r} is no local folder, and the hub did not give these files{of_revision}:"
-            f" {', '.join(files)} ({reason})"
+            f" {', '.join(files)} ({reason}); pass the path of a local copy instead"
         )
 
 
