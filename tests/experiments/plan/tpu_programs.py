@@ -55,8 +55,7 @@ def facts(variant: str, layers: int) -> dict:
         "outputs": {program.name: program.memory["outputs"] for program in programs},
         "collectives": [
             (program.name, x.kind, x.size, x.axes(dict(shape)), len(x.loops))
-            for program, shape in [(p, mesh.shape) for p in programs]
-            + [(update, places.mesh.shape)]
+            for program, shape in compiled
             for x in collectives(program.text)
         ],
     }
