@@ -10,15 +10,15 @@ layers, which compiles in minutes.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import logging
+import math
 import os
-from collections import Counter
 
 import jax
 from absl import app, flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments import command
@@ -28,9 +28,9 @@ from experiments.plan.chips import Topology, parse_topology
 from experiments.plan.counts import compiled_work
 from experiments.plan.estimate import SearchWork
 from experiments.plan.experiment import Experiment, describe
+from experiments.plan.placing import Places, places_of
 from experiments.plan.plan import (
     Need,
-    abstract_mesh,
     held_bytes,
     largest_batches,
     search_needs,
@@ -38,7 +38,7 @@ from experiments.plan.plan import (
     update_need,
     whole_bytes,
 )
-from experiments.plan.programs import Program, TooLargeError, mesh_sizes, topology_mesh
+from experiments.plan.programs import Program, TooLargeError
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5p:2x2x4 or gpu:h100x8.")
 _LAYERS = flags.DEFINE_integer("layers", None, "Of every network, instead of all.")
@@ -47,11 +47,12 @@ _ANSWER = flags.DEFINE_integer("answer_tokens", None, "Expected of an answer; by
 _LARGEST = flags.DEFINE_bool("largest", True, "Whether to look for the largest batches.")
 
 
-def plan_tpu(experiment: Experiment, topology: Topology, prompts: int, *, largest: bool) -> None:
+def plan_tpu(
+    experiment: Experiment, topology: Topology, places: Places, prompts: int, *, largest: bool
+) -> None:
     """Compiles, and prints."""
     chip = topology.chip
-    mesh = topology_mesh(topology.name, experiment.mesh)
-    print(hosts_line(mesh), end="")
+    mesh = places.own
     print("## Memory of a device\n\nShapes and shardings of the programs' arguments:\n")
     print(tables.held_table(held_bytes(experiment, mesh, prompts), chip))
     print("\nPlans of the compiler, beside what is held (the fit beside the policy):\n", flush=True)
@@ -60,7 +61,7 @@ def plan_tpu(experiment: Experiment, topology: Topology, prompts: int, *, larges
     for guided in (True, False, None):
         try:
             if guided is None:
-                need, program = update_need(experiment, mesh)
+                need, program = update_need(experiment, places)
                 of_kind, compiled = [need], [program]
             else:
                 of_kind, compiled = search_needs(experiment, mesh, prompts, guided=guided)
@@ -76,40 +77,34 @@ def plan_tpu(experiment: Experiment, topology: Topology, prompts: int, *, larges
             for guided in (True, False)
             if guided in needs
         }
-        found = largest_batches(experiment, mesh, chip.memory, known)
+        found = largest_batches(experiment, places, chip.memory, known)
         print(f"\n{tables.largest_table(found)}\n")
     print("\n## Collectives of the compiled programs\n")
-    print(tables.collectives_table(programs, dict(mesh.shape)))
     searching = [program for program in programs if program.name != "value update"]
+    fits = [program for program in programs if program not in searching]
+    print(tables.collectives_table([(searching, mesh), (fits, places.mesh)]))
     whole = whole_bytes(experiment, mesh, prompts)
     print(f"\n{tables.gathers_line(searching, whole)}", flush=True)
-    work = compiled_work(experiment, mesh, prompts)
+    work = compiled_work(experiment, places, prompts)
     source = "Counted by the compiler in programs without loops, at two depths, and continued."
-    print_times(experiment, topology, prompts, work, source)
+    print_times(experiment, topology, prompts * places.num_hosts, work, source)
 
 
-def plan_gpu(experiment: Experiment, topology: Topology, prompts: int) -> None:
+def plan_gpu(experiment: Experiment, topology: Topology, places: Places, prompts: int) -> None:
     """Counts by hand, and prints."""
     chip = topology.chip
-    mesh = abstract_mesh(topology, experiment.mesh)
     print("## Memory of a device\n\nBy shapes and shardings; temporaries are not known:\n")
-    held = held_bytes(experiment, mesh, prompts)
+    held = held_bytes(experiment, places.own, prompts)
     print(tables.held_table(held, chip))
     fits = sum(held.values()) <= chip.memory
     print(f"\nWithout temporaries it {'fits' if fits else 'does NOT fit'}.")
-    work = counted_work(experiment, mesh, prompts)
-    print_times(experiment, topology, prompts, work, "Counted by hand; nothing was compiled.")
-
-
-def hosts_line(mesh: Mesh) -> str:
-    """What a run would say of the mesh: it keeps a copy of a network on one host."""
-    model = mesh.shape["model"]
-    smallest = min(Counter(device.process_index for device in mesh.devices.flat).values())
-    if smallest % model == 0:
-        return ""
-    return (
-        f"A run keeps a copy of a network on one host, and refuses model={model} on hosts of"
-        f" {smallest} chips, in which libtpu lays this topology out: it needs hosts of {model}.\n\n"
+    work = counted_work(experiment, places, prompts)
+    print_times(
+        experiment,
+        topology,
+        prompts * places.num_hosts,
+        work,
+        "Counted by hand; nothing was compiled.",
     )
 
 
@@ -124,9 +119,9 @@ def print_times(
     print(tables.stages_table(stages(experiment, work, topology, prompts), topology))
 
 
-def title(experiment: Experiment, topology: Topology, prompts: int) -> str:
+def title(experiment: Experiment, topology: Topology, places: Places, prompts: int) -> str:
     """What is planned, when, and with which versions."""
-    sizes = mesh_sizes(topology.num_devices, experiment.mesh)
+    sizes = dict(places.mesh.shape)
     axes = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     chosen, value = experiment.search, experiment.value.network.config
     values = "heads on the policy" if experiment.on_policy else f"{value.num_layers} layers"
@@ -135,11 +130,12 @@ def title(experiment: Experiment, topology: Topology, prompts: int) -> str:
         versions.append(f"libtpu {importlib.metadata.version('libtpu')}")
     return (
         f"# {experiment.name} on {topology.name}\n\n"
-        f"{datetime.date.today()}, {', '.join(versions)}. {topology.num_devices} devices,"
-        f" {axes}. Policy of {experiment.policy.config.num_layers} layers,"
+        f"{datetime.date.today()}, {', '.join(versions)}. {topology.num_devices} devices on"
+        f" {places.num_hosts} hosts, {axes}."
+        f" Policy of {experiment.policy.config.num_layers} layers,"
         f" {experiment.num_iterations} value functions ({values}"
-        f"{', another tokenizer' if experiment.foreign else ''}). {prompts} prompts of"
-        f" {experiment.prompt_tokens} slots together, K={chosen.beam_width},"
+        f"{', another tokenizer' if experiment.foreign else ''}). A host searches"
+        f" {prompts} prompts of {experiment.prompt_tokens} slots together, K={chosen.beam_width},"
         f" B={chosen.num_successors}, L={chosen.chunk_length}, at most"
         f" {chosen.max_new_tokens} new tokens, {experiment.answer_tokens} expected.\n"
     )
@@ -150,19 +146,28 @@ def run(config: ConfigDict, topology: Topology) -> None:
     experiment = describe(config, prompt_tokens=_PROMPT.value, answer_tokens=_ANSWER.value)
     if _LAYERS.value is not None:
         experiment = experiment.truncated(_LAYERS.value)
-    sizes = mesh_sizes(topology.num_devices, experiment.mesh)
-    shares = sizes["data"] * sizes["fsdp"]
-    prompts = -(-experiment.search.batch_size // shares) * shares
-    print(title(experiment, topology, prompts), flush=True)
+    asked = experiment.mesh["model"]
+    if topology.host_devices % asked:
+        model = math.gcd(topology.host_devices, asked)
+        experiment = dataclasses.replace(experiment, mesh={**experiment.mesh, "model": model})
+        print(
+            f"A run would refuse mesh.model={asked}: a network lies on one host, which has"
+            f" {topology.host_devices} devices here. Planned with --config.mesh.model={model}.\n"
+        )
+    places = places_of(topology, experiment.mesh)
+    prompts = -(-experiment.search.batch_size // places.shares) * places.shares
+    print(title(experiment, topology, places, prompts), flush=True)
     if topology.is_tpu:
-        plan_tpu(experiment, topology, prompts, largest=_LARGEST.value)
+        plan_tpu(experiment, topology, places, prompts, largest=_LARGEST.value)
     else:
-        plan_gpu(experiment, topology, prompts)
+        plan_gpu(experiment, topology, places, prompts)
 
 
 def main(argv: list[str]) -> None:
     # libtpu asks a cloud machine's metadata server for its devices, which nobody needs here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # What is compiled for other devices is of no use to a run here.
+    jax.config.update("jax_enable_compilation_cache", False)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with command.started(argv):
         assert _TOPOLOGY.value is not None

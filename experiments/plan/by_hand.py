@@ -14,14 +14,15 @@ from jax.sharding import Mesh
 from experiments.plan.estimate import SearchWork, Work
 from experiments.plan.experiment import Experiment
 from experiments.plan.fits import Update
-from experiments.plan.placing import device_bytes
+from experiments.plan.placing import Places, device_bytes
 from experiments.plan.programs import Search
 from iro_jax.models import TransformerConfig
 from iro_jax.models.flops import forward_flops
 
 
-def counted_work(experiment: Experiment, mesh: Mesh, num_prompts: int) -> SearchWork:
+def counted_work(experiment: Experiment, places: Places, num_prompts: int) -> SearchWork:
     """As `counts.compiled_work`, for devices without a compiler at hand."""
+    mesh = places.own
     search = experiment.search
     candidates = num_prompts * search.beam_width * search.num_successors
     half = experiment.answer_tokens // 2
@@ -78,7 +79,7 @@ def counted_work(experiment: Experiment, mesh: Mesh, num_prompts: int) -> Search
             "value_chunk": reading(value, held, candidates, new, prompt + half, shared + own),
             "value_commit": copying(value, stretched * beams),
         }
-    return SearchWork(**parts, **_fit(experiment, mesh))
+    return SearchWork(**parts, **_fit(experiment, places.mesh))
 
 
 def _fit(experiment: Experiment, mesh: Mesh) -> dict[str, Work]:

@@ -80,11 +80,13 @@ class Topology:
       name: as it was given, such as `v5p:2x2x4` or `gpu:h100x8`.
       chip: what each of them has.
       num_devices: how many.
+      host_devices: how many of them one host has.
     """
 
     name: str
     chip: Chip
     num_devices: int
+    host_devices: int
 
     @property
     def is_tpu(self) -> bool:
@@ -118,4 +120,9 @@ def parse_topology(name: str) -> Topology:
             f" chips {known}. Got: {name!r}"
         )
     number = math.prod(map(int, (match[2] or "1").split("x")))
-    return Topology(name, chip.device, number * chip.devices)
+    # Eight chips of the small TPUs are one host; larger slices, and the large TPUs, have four.
+    most = 8 if gpus or (chip.name in ("v5e", "v6e") and number <= 8) else 4
+    if number > most and number % most:
+        raise ValueError(f"Hosts of {name} have {most} chips each. Got: {number} chips")
+    of_host = min(number, most)
+    return Topology(name, chip.device, number * chip.devices, of_host * chip.devices)

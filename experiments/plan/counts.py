@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jax.sharding import Mesh
-
 from experiments.plan.estimate import SearchWork, Work
 from experiments.plan.experiment import Experiment
 from experiments.plan.fits import Update
 from experiments.plan.hlo import collectives
+from experiments.plan.placing import Places
 from experiments.plan.programs import (
     Program,
     Search,
@@ -29,9 +28,13 @@ DEPTHS = (1, 2)
 """Layers of the networks that are compiled to count."""
 
 
-def compiled_work(experiment: Experiment, mesh: Mesh, num_prompts: int) -> SearchWork:
-    """From programs that are compiled for the mesh."""
-    shallow, deep = (_parts(experiment.truncated(depth), mesh, num_prompts) for depth in DEPTHS)
+def compiled_work(experiment: Experiment, places: Places, num_prompts: int) -> SearchWork:
+    """From programs that are compiled for the places of a run.
+
+    Args:
+      num_prompts: of one host.
+    """
+    shallow, deep = (_parts(experiment.truncated(depth), places, num_prompts) for depth in DEPTHS)
     policy, value = experiment.policy.config, experiment.value.network.config
     return SearchWork(
         **{
@@ -61,10 +64,10 @@ def work_of(program: Program) -> Work:
     return Work(program.cost["flops"], program.cost["bytes"], sent)
 
 
-def _parts(experiment: Experiment, mesh: Mesh, num_prompts: int) -> dict[str, Work]:
+def _parts(experiment: Experiment, places: Places, num_prompts: int) -> dict[str, Work]:
     """Of networks that are as deep as the experiment's."""
     length = experiment.search.chunk_length
-    whole = Search(experiment, mesh, num_prompts, 1)
+    whole = Search(experiment, places.own, num_prompts, 1)
     half = dataclasses.replace(
         whole, capacity=-(-experiment.search.max_new_tokens // 2 // length) * length
     )
@@ -85,7 +88,7 @@ def _parts(experiment: Experiment, mesh: Mesh, num_prompts: int) -> dict[str, Wo
                 "value_commit": _commit(whole.caches["values"][0], whole),
             }
         parts = experiment.fitting.fit.micro_batches
-        part = Update(experiment, mesh, experiment.fitting.fit.batch_size // parts, 1)
+        part = Update(experiment, places.mesh, experiment.fitting.fit.batch_size // parts, 1)
         gradient, update = work_of(part.gradient()), work_of(part.update())
     counted = {name: work_of(program) for name, program in found.items()}
     return counted | {"gradient": gradient, "optimizer": update - gradient}

@@ -6,23 +6,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import Mesh
 
 from experiments.plan.chips import Chip, Topology
 from experiments.plan.estimate import Line, SearchWork, largest_batch
 from experiments.plan.experiment import Experiment, weights
 from experiments.plan.fits import Update
 from experiments.plan.hlo import Collective, collectives
-from experiments.plan.placing import device_bytes, with_shardings
+from experiments.plan.placing import Places, device_bytes, with_shardings
 from experiments.plan.programs import (
     Program,
     Search,
     TooLargeError,
-    mesh_sizes,
 )
 
 
@@ -60,13 +58,6 @@ class Largest:
     kind: str
     size: int
     need: int | None
-
-
-def abstract_mesh(topology: Topology, mesh: dict[str, int]) -> Mesh:
-    """For devices that nothing is compiled for: it serves for shapes and shardings alone."""
-    sizes = mesh_sizes(topology.num_devices, mesh)
-    kinds = (AxisType.Auto,) * len(sizes)
-    return cast(Mesh, AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds))
 
 
 def held_bytes(experiment: Experiment, mesh: Mesh, prompts: int) -> dict[str, int]:
@@ -111,18 +102,17 @@ def search_needs(
 
 
 def update_need(
-    experiment: Experiment, mesh: Mesh, rollouts: int | None = None
+    experiment: Experiment, places: Places, rollouts: int | None = None
 ) -> tuple[Need, Program]:
     """Of a fit, beside which policy, reward and earlier value functions stay where they are.
 
     Args:
       rollouts: of one part that is a whole update; the configured batch if None.
     """
-    update = Update(experiment, mesh, rollouts, None if rollouts is None else 1)
+    update = Update(experiment, places.mesh, rollouts, None if rollouts is None else 1)
     program, state = update.update(), update.state
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    search = Search(experiment, mesh, shares, max(experiment.num_iterations - 1, 0))
-    kept = device_bytes(search.params) + reward_bytes(experiment, mesh)
+    search = Search(experiment, places.own, places.shares, experiment.num_iterations - 1)
+    kept = device_bytes(search.params) + reward_bytes(experiment, places.own)
     # The best parameters so far are kept beside the current ones.
     resident = kept + device_bytes(state) + device_bytes(state["params"])
     batch = device_bytes(update.batch())
@@ -212,23 +202,24 @@ def find_largest(
 
 def largest_batches(
     experiment: Experiment,
-    mesh: Mesh,
+    places: Places,
     memory: float,
     known: Mapping[bool, tuple[int, int]],
 ) -> list[Largest]:
-    """Of guided searches, of plain sampling, and of what a fit computes at once."""
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    """Of a host's guided searches and plain sampling, and of what a fit computes at once."""
+    shares = places.shares
+    of_fits = places.mesh.shape["data"] * places.mesh.shape["fsdp"]
 
     def of_search(guided: bool, prompts: int) -> int | None:
         try:
-            needs, _ = search_needs(experiment, mesh, prompts, guided=guided)
+            needs, _ = search_needs(experiment, places.own, prompts, guided=guided)
         except TooLargeError:
             return None
         return max(need.total for need in needs)
 
     def of_fit(rollouts: int) -> int | None:
         try:
-            return update_need(experiment, mesh, rollouts)[0].total
+            return update_need(experiment, places, rollouts)[0].total
         except TooLargeError:
             return None
 
@@ -239,7 +230,7 @@ def largest_batches(
         find_largest(
             "plain sampling, prompts", partial(of_search, False), shares, memory, known.get(False)
         ),
-        find_largest("a part of a fit's batch, rollouts", of_fit, shares, memory),
+        find_largest("a part of a fit's batch, rollouts", of_fit, of_fits, memory),
     ]
 
 

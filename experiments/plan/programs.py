@@ -32,7 +32,7 @@ from iro_jax.guidance import GuidedParams, GuidedSearch
 from iro_jax.guidance.bridge import Crossing, ForeignPrefix
 from iro_jax.models import attention
 from iro_jax.models.cache import Cache
-from iro_jax.models.sharding import RULES, Rules, make_mesh, named_sharding, tree_shardings
+from iro_jax.models.sharding import RULES, Rules, named_sharding, tree_shardings
 from iro_jax.search.search import beam_step, expand_beams, select_beams, start
 
 PyTree = Any
@@ -59,37 +59,6 @@ class Program:
     memory: Mapping[str, int]
     cost: Mapping[str, float]
     seconds: float
-
-
-def topology_mesh(topology: str, mesh: Mapping[str, int]) -> Mesh:
-    """A mesh over the devices of a TPU slice."""
-    from jax.experimental import topologies
-
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return mesh_of(found.devices, mesh)
-
-
-def mesh_of(devices: Any, mesh: Mapping[str, int]) -> Mesh:
-    """A mesh over all of some devices; `data` of -1 is what the other axes leave.
-
-    Raises:
-      ValueError: the axes do not take all of them.
-    """
-    sizes = mesh_sizes(len(devices), mesh)
-    return make_mesh(sizes["data"], sizes["model"], devices, fsdp=sizes["fsdp"])
-
-
-def mesh_sizes(num_devices: int, mesh: Mapping[str, int]) -> dict[str, int]:
-    """The axes' sizes on so many devices.
-
-    >>> mesh_sizes(16, {"data": -1, "fsdp": 1, "model": 4})
-    {'data': 4, 'fsdp': 1, 'model': 4}
-    """
-    rest = mesh["fsdp"] * mesh["model"]
-    sizes = dict(mesh) | ({"data": num_devices // rest} if mesh["data"] == -1 else {})
-    if sizes["data"] * rest != num_devices:
-        raise ValueError(f"The mesh must take all {num_devices} devices. Got: {dict(mesh)}")
-    return sizes
 
 
 def compile_program(

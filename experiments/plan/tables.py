@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from jax.sharding import Mesh
+
 from experiments.plan.chips import Chip, Topology
 from experiments.plan.estimate import Line, SearchWork, Work
 from experiments.plan.experiment import Experiment
@@ -54,14 +56,14 @@ def largest_table(found: Sequence[Largest]) -> str:
     return markdown_table(("largest batch", "together", "GB with so many"), rows)
 
 
-def collectives_table(programs: Sequence[Program], mesh: Mapping[str, int]) -> str:
+def collectives_table(compiled: Sequence[tuple[Sequence[Program], Mesh]]) -> str:
     """By program, kind, axes and depth of loops: how many, and bytes."""
     rows = []
-    for program in programs:
+    for program, mesh in ((program, mesh) for programs, mesh in compiled for program in programs):
         groups = defaultdict(list)
         for found in collectives(program.text):
             turns = "once" if not found.loops else "a turn" if found.turns is None else "a call"
-            groups[found.kind, " x ".join(found.axes(mesh)), turns].append(found)
+            groups[found.kind, " x ".join(found.axes(dict(mesh.shape))), turns].append(found)
         for (kind, axes, turns), some in sorted(groups.items()):
             known = [found.turns or 1 for found in some]
             sent = sum(n * found.sent for n, found in zip(known, some, strict=True))

@@ -26,7 +26,8 @@ from experiments import command
 from experiments.plan.experiment import Experiment, describe
 from experiments.plan.fits import Update
 from experiments.plan.hlo import collectives
-from experiments.plan.programs import Program, Search, topology_mesh
+from experiments.plan.placing import mesh_of, tpu_devices
+from experiments.plan.programs import Program, Search
 from iro_jax.evaluation import markdown_table
 
 _SLICES = flags.DEFINE_list(
@@ -65,7 +66,7 @@ def sent(program: Program, mesh: dict[str, int]) -> Sent:
 
 def programs(experiment: Experiment, topology: str, prompts: int) -> Iterator[tuple[Program, dict]]:
     """The steps of a search and of a fit on a slice, with `prompts` for each part of the mesh."""
-    mesh = topology_mesh(topology, experiment.mesh)
+    mesh = mesh_of(tpu_devices(topology), experiment.mesh)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     search = Search(experiment, mesh, prompts * shares, 1)
     for program in [*search.step(), Update(experiment, mesh, prompts * shares, 1).update()]:
@@ -74,6 +75,7 @@ def programs(experiment: Experiment, topology: str, prompts: int) -> Iterator[tu
 
 def main(argv: list[str]) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    jax.config.update("jax_enable_compilation_cache", False)
     with command.started(argv):
         experiment = describe(command.CONFIG.value).truncated(_LAYERS.value)
         mesh = {"data": -1, "fsdp": _FSDP.value, "model": _MODEL.value}

@@ -35,6 +35,14 @@ def test_a_topology_is_a_slice_or_gpus():
     assert parse_topology("gpu:l4").num_devices == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("v5p:2x2x4", 4), ("v5e:2x4", 8), ("v5e:4x4", 4), ("v4:2x2x2", 8), ("gpu:h100x16", 8)],
+)
+def test_devices_of_a_host(name, devices):
+    assert parse_topology(name).host_devices == devices
+
+
 def test_libtpu_plans_for_two_devices_on_a_v4_chip():
     found = parse_topology("v4:2x2x1")
     assert found.num_devices == 8

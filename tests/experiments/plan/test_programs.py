@@ -11,9 +11,9 @@ from experiments.plan.counts import DEPTHS, compiled_work
 from experiments.plan.experiment import describe
 from experiments.plan.fits import Update
 from experiments.plan.hlo import collectives
-from experiments.plan.placing import device_bytes
+from experiments.plan.placing import Places, device_bytes, mesh_of, mesh_sizes
 from experiments.plan.plan import held_bytes, largest_gather, search_needs, whole_bytes
-from experiments.plan.programs import Search, mesh_of, mesh_sizes
+from experiments.plan.programs import Search
 from iro_jax.guidance.guide import _slots
 
 PROMPTS = 4
@@ -198,7 +198,7 @@ def test_two_depths_tell_of_any_other(experiment, mesh):
             config=policy.replace(layers=(*policy.layers, *policy.layers[:2])),
         ),
     )
-    estimated = compiled_work(deeper, mesh, PROMPTS).token
+    estimated = compiled_work(deeper, Places(mesh, mesh, 1), PROMPTS).token
     at_once = _token_at(deeper, mesh)
     assert max(DEPTHS) < deeper.policy.config.num_layers
     assert estimated.flops == pytest.approx(at_once.flops, rel=0.01)

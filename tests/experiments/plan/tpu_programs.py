@@ -16,23 +16,28 @@ from configs.ultrafeedback import get_config
 from experiments.plan.chips import parse_topology
 from experiments.plan.experiment import describe
 from experiments.plan.hlo import collectives
+from experiments.plan.placing import places_of
 from experiments.plan.plan import held_bytes, search_needs, update_need, whole_bytes
-from experiments.plan.programs import topology_mesh
 
 LAYERS = 4
 PROMPTS = 8
 CASES = {"70b": "v5p:2x2x4", "8b": "v5e:2x4"}
 PARTS = 128
+# A network lies on one host; of v5p it has four chips.
+MESHES = {"70b": {"model": 4, "fsdp": 4}, "8b": {"model": 8}}
 
 
 def facts(variant: str, layers: int) -> dict:
     config = get_config(variant)
     config.value.fit.micro_batches = PARTS
+    config.mesh.update(MESHES[variant])
     experiment = describe(config).truncated(layers)
     topology = parse_topology(CASES[variant])
-    mesh = topology_mesh(topology.name, experiment.mesh)
+    places = places_of(topology, experiment.mesh)
+    mesh = places.own
     needs, programs = search_needs(experiment, mesh, PROMPTS, guided=True)
-    fit_need, update = update_need(experiment, mesh)
+    fit_need, update = update_need(experiment, places)
+    compiled = [*((program, mesh.shape) for program in programs), (update, places.mesh.shape)]
     policy, value = experiment.policy, experiment.value.network
     return {
         "mesh": dict(mesh.shape),
@@ -49,8 +54,8 @@ def facts(variant: str, layers: int) -> dict:
         "arguments": {program.name: program.memory["arguments"] for program in programs},
         "outputs": {program.name: program.memory["outputs"] for program in programs},
         "collectives": [
-            (program.name, x.kind, x.size, x.axes(dict(mesh.shape)), len(x.loops))
-            for program in [*programs, update]
+            (program.name, x.kind, x.size, x.axes(dict(shape)), len(x.loops))
+            for program, shape in compiled
             for x in collectives(program.text)
         ],
     }
