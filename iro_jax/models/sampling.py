@@ -170,9 +170,10 @@ def _draw(
     parts = None if few else axis
     tokens, drawn = _best(kept + noise, [ids, kept], parts)
     largest = _maximum(kept, parts)
-    warped = drawn - largest - jnp.log(_total(jnp.exp(kept - largest[..., None]), parts))
-    of_logits = sampling.temperature * drawn, warped, sampling.temperature * largest
-    return finish(tokens, *of_logits)
+    mass = largest + jnp.log(_total(jnp.exp(kept - largest[..., None]), parts))
+    return finish(
+        tokens, sampling.temperature * drawn, drawn - mass, sampling.temperature * largest
+    )
 
 
 def top_tokens(
