@@ -17,9 +17,9 @@ with `question` and `answer`, and with `prompt` and `answer`:
     python -m experiments.run --config=configs/math.py:smollm2 --workdir=runs/math_smollm2 \
       --config.task.path=train.jsonl --config.task.evaluation.math500.path=math500.jsonl
 
-What to expect of it: that it runs, and no more. Of 384 samples for 24 problems 1% were right, of those
-guided after one iteration 4%; of 12 problems to evaluate on, one was answered right by one method. It
-took 24 minutes, 7 of processor time, on two cores that others were using.
+What to expect of it: that it runs, and no more. Of 384 samples for 24 problems 1% were right, of
+those guided after one iteration 4%; of 12 problems to evaluate on, one was answered right by one
+method. It took 24 minutes, 7 of processor time, on two cores that others were using.
 """
 
 from ml_collections import ConfigDict
