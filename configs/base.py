@@ -140,6 +140,7 @@ def source_fields(source: str | None = None) -> ConfigDict:
             "split": "train",
             "skip": 0,
             "limit": placeholder(int),
+            "template": placeholder(str),
             "chat": False,
             "system": placeholder(str),
             "duplicates": "error",

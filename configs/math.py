@@ -11,11 +11,15 @@ most frequent one, `majority_of_16` and `majority_t`. Local copies: `--config.po
 `--config.task.evaluation.gsm8k.path=FILE`, `--config.task.evaluation.math500.path=FILE`.
 
 `:smollm2` is for a machine with nothing: SmolLM2-135M-Instruct, and heads on its own hidden states.
-So small a model hardly ever boxes an answer: the last number counts. Files with `question` and
-`answer`, and with `prompt` and `answer`:
+So small a model has to be shown how short an answer is meant, and its last number counts. Files
+with `question` and `answer`, and with `prompt` and `answer`:
 
     python -m experiments.run --config=configs/math.py:smollm2 --workdir=runs/math_smollm2 \
       --config.task.path=train.jsonl --config.task.evaluation.math500.path=math500.jsonl
+
+What to expect of it: that it runs, and no more. Of 384 samples for 24 problems 1% were right, of those
+guided after one iteration 4%; of 12 problems to evaluate on, one was answered right by one method. It
+took 24 minutes, 7 of processor time, on two cores that others were using.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +30,16 @@ from configs.base import get_base, reward_fields, source_fields
 VARIANTS = ("qwen2.5-3b", "smollm2")
 GSM8K = "hf:openai/gsm8k:main"
 MATH500 = "hf:HuggingFaceH4/MATH-500"
+# Two examples of our own, for a model that writes on and on without.
+EXAMPLES = """\
+Question: Ann has 3 boxes of 4 pens and loses 2 pens. How many pens does she have?
+Answer: She had 3 * 4 = 12 pens. 12 - 2 = 10. The answer is 10.
+
+Question: Tom earns $5 an hour. He works 6 hours and spends $8. How much money is left?
+Answer: He earned 5 * 6 = 30 dollars. 30 - 8 = 22. The answer is 22.
+
+Question: {prompt}
+Answer:"""
 SYSTEM = "You are a helpful assistant. Put your final answer within \\boxed{}."
 
 
@@ -64,6 +78,8 @@ def get_config(variant: str = "qwen2.5-3b") -> ConfigDict:
     config.value.backbone = "Qwen/Qwen2.5-1.5B"
     for fit in (config.value.fit, config.value.compression):
         fit.update(learning_rate=3e-6, batch_size=256, num_epochs=10, epsilon=1e-5)
+        # What a part of a batch keeps for its gradient has to fit beside the weights.
+        fit.micro_batches = 16
     return config
 
 
@@ -71,17 +87,18 @@ def _smollm2(config: ConfigDict) -> ConfigDict:
     """The same experiment, small enough for two cores."""
     task = config.task
     task.path = placeholder(str)
+    for section in (task.train, *task.evaluation.values()):
+        section.update(source="", system=None, chat=False, template=EXAMPLES)
     for section in (task.train, task.evaluation.gsm8k):
-        section.update(source="", system=None)
         section.path = task.get_oneway_ref("path")
     # The last problems of the file are not trained on.
     task.train.limit = 7000
     task.evaluation.gsm8k.update(skip=7000, limit=8)
-    task.evaluation.math500.update(source="", system=None, prompt_field="prompt", limit=4)
+    task.evaluation.math500.update(prompt_field="prompt", limit=4)
     task.reward.kind = "number"
-    config.search.text_format.update(max_length=192, truncation="left")
-    config.search.update(max_new_tokens=64, shard_size=8)
-    config.loop.update(prompts_per_iteration=16, compress=False)
+    config.search.text_format.update(max_length=256, truncation="left")
+    config.search.update(max_new_tokens=32, stop_strings=("\n",), shard_size=8)
+    config.loop.update(prompts_per_iteration=24, compress=False)
     config.value.update(trainable="head", layer=16)
     for fit in (config.value.fit, config.value.compression):
         fit.update(learning_rate=1e-3, batch_size=64, num_epochs=20, weight_decay=1e-1)

@@ -20,6 +20,11 @@ model that is a linear head, trained by the run on pairs. One file with `prompt`
 
     python -m experiments.run --config=configs/tldr.py:smollm2 --workdir=runs/tldr_smollm2 \\
       --config.task.path=posts.jsonl
+
+What to expect of it, in the log-odds of its own reward model, which tells 8 of 12 held-out pairs:
+12 posts say little, base -0.71 (-1.03 to -0.39), best-of-16 1.77 (1.21 to 2.33), guided samples
+1.38, 1.18 and 1.11 after one and two iterations and compressed, what the reward picks of them 1.69,
+1.63 and 1.63. It took 27 minutes on two cores that others were using most of the time.
 """
 
 from ml_collections import ConfigDict
@@ -67,6 +72,8 @@ def get_config(variant: str = "1b") -> ConfigDict:
     config.value.head = None
     for fit in (config.value.fit, config.value.compression):
         fit.update(learning_rate=3e-6, batch_size=256, num_epochs=10, epsilon=1e-5)
+        # What a part of a batch keeps for its gradient has to fit beside the weights.
+        fit.micro_batches = 16
     config.eval.update(tuned=_TUNED, untuned=_POLICY.format("1b"))
     return config
 

@@ -66,13 +66,13 @@ def get_config(variant: str = "8b") -> ConfigDict:
         prompt_field="instruction", reference_field="output", chat=True, duplicates="drop"
     )
     config.task.reward.pairs.split = "train_prefs"
-    config.task.reward.fit.update(learning_rate=5e-6, num_epochs=3)
+    config.task.reward.fit.update(learning_rate=5e-6, num_epochs=3, micro_batches=16)
     if variant == "smollm2":
         return _smollm2(config)
     config.policy.update(name=_POLICY.format(variant.upper()), dtype="bfloat16")
-    # One host of eight accelerators, or several: eight share the policy's weights and caches, and
-    # those of the three value networks; more of them share the prompts.
-    config.mesh.model = 8
+    # So many accelerators of a host share weights and caches of the policy and of the three value
+    # networks; more of them share the prompts. 70B fits into four of 80 GB, 8B into eight of 16 GB.
+    config.mesh.model = 4 if variant == "70b" else 8
     # The reward model is trained from it; the first value function starts from that.
     config.value.update(
         backbone="HuggingFaceH4/mistral-7b-sft-beta",
@@ -83,6 +83,8 @@ def get_config(variant: str = "8b") -> ConfigDict:
     config.value.head = None
     for fit in (config.value.fit, config.value.compression):
         fit.update(learning_rate=3e-6, batch_size=512, num_epochs=10, epsilon=1e-5)
+        # What a part of a batch keeps for its gradient has to fit beside the weights.
+        fit.micro_batches = 64
     config.eval.update(
         tuned="HuggingFaceH4/zephyr-7b-beta", untuned="HuggingFaceH4/mistral-7b-sft-beta"
     )

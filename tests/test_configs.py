@@ -111,7 +111,7 @@ def test_ultrafeedback_is_the_papers(variant):
     assert config.eval.untuned == "HuggingFaceH4/mistral-7b-sft-beta"
     assert config.task.train.chat
     assert config.task.evaluation.chat
-    assert config.mesh.model == 8
+    assert config.mesh.model == (4 if variant == "70b" else 8)
     _check_search(config, 2048, 16, Sampling(0.6, 50, 0.9))
     _check_loop(config, betas=(1, 2, 2.5), batch_size=512)
 

@@ -98,7 +98,7 @@ def _text(row: Mapping[str, Any], field: str) -> str:
     value = row[field]
     if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         value = value[-1].get("content")
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
         raise ValueError(f"{field}: {shorten(row[field])}")
     return value
 

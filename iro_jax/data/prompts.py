@@ -71,6 +71,7 @@ def read_prompts(
     split: str = "train",
     skip: int = 0,
     limit: int | None = None,
+    template: str | None = None,
     chat: bool = False,
     system: str | None = None,
     duplicates: Literal["error", "drop"] = "error",
@@ -95,6 +96,7 @@ def read_prompts(
       split: of a dataset; files have no splits.
       skip: leaves out so many prompts at the beginning, which another part of a run may use.
       limit: reads only the first `limit` prompts after these.
+      template: text around prompts that are text, with `{prompt}` in their place.
       chat: text is what a user says to the chat template, not a raw prompt.
       system: what the system says before each conversation that has no such message; needs
         conversations, or `chat`.
@@ -111,6 +113,8 @@ def read_prompts(
         raise ValueError(f"limit must be None or at least 1. Got: {limit}")
     if skip < 0:
         raise ValueError(f"skip must be at least 0. Got: {skip}")
+    if template is not None and "{prompt}" not in template:
+        raise ValueError(f"template must have {{prompt}} in it. Got: {template!r}")
     if duplicates not in ("error", "drop"):
         raise ValueError(f"duplicates must be 'error' or 'drop'. Got: {duplicates!r}")
     prompts: dict[str, Prompt] = {}
@@ -119,6 +123,8 @@ def read_prompts(
     for place, row in rows(source, split, list(dict.fromkeys(fields))):
         try:
             conversation = _check_conversation(_field(row, prompt_field))
+            if template is not None and isinstance(conversation, str):
+                conversation = template.replace("{prompt}", conversation)
             conversation = _as_chat(conversation, chat, system)
             prompt = _prompt(row, conversation, id_field, reference_field)
         except ValueError as error:

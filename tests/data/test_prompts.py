@@ -281,3 +281,81 @@ class TestSubset:
     def test_ids_are_different(self):
         with pytest.raises(ValueError, match="different ids"):
             self.ids(0, 1, prompts=(Prompt("a", "x"), Prompt("a", "y")))
+
+
+class TestTemplates:
+    def rows(self, tmp_path):
+        lines = [{"prompt": "first"}, {"prompt": "second"}, {"prompt": "third"}]
+        return write(tmp_path / "p.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def test_text_becomes_what_a_user_says(self, tmp_path):
+        source = self.rows(tmp_path)
+        [prompt, *_] = read_prompts(source, chat=True)
+        assert prompt.conversation == ({"role": "user", "content": "first"},)
+        [other, *_] = read_prompts(source, chat=True, system="Be brief.")
+        assert other.conversation == (
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "first"},
+        )
+        # Another conversation, other draws.
+        assert other.id != prompt.id
+
+    def test_messages_get_a_system_prompt_unless_they_have_one(self, tmp_path):
+        lines = [{"prompt": list(CHAT)}, {"prompt": list(CHAT[1:])}]
+        source = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)))
+        own, ours = read_prompts(source, system="Be kind.")
+        assert own.conversation == CHAT
+        assert ours.conversation == ({"role": "system", "content": "Be kind."}, CHAT[1])
+
+    def test_text_may_stand_in_a_template(self, tmp_path):
+        source = self.rows(tmp_path)
+        [raw, *_] = read_prompts(source, template="Q: {prompt} {x}\nA:")
+        assert raw.conversation == "Q: first {x}\nA:"
+        [chat, *_] = read_prompts(source, template="Q: {prompt}", chat=True)
+        assert chat.conversation == ({"role": "user", "content": "Q: first"},)
+        with pytest.raises(ValueError, match=r"must have {prompt} in it\. Got: 'Q'"):
+            read_prompts(source, template="Q")
+
+    def test_a_system_prompt_for_raw_text_is_refused(self, tmp_path):
+        with pytest.raises(PromptError, match=r"line 1: a system prompt needs.*Got: raw text"):
+            read_prompts(self.rows(tmp_path), system="Be brief.")
+
+    def test_one_file_serves_two_parts_of_a_run(self, tmp_path):
+        source = self.rows(tmp_path)
+        parts = [read_prompts(source, limit=1), read_prompts(source, skip=1, limit=1)]
+        assert [[p.conversation for p in part] for part in parts] == [["first"], ["second"]]
+        assert [p.conversation for p in read_prompts(source, skip=1)] == ["second", "third"]
+        with pytest.raises(PromptError, match=r"after the first 3\. Got: none"):
+            read_prompts(source, skip=3)
+
+
+class TestJson:
+    def test_a_list_of_objects(self, tmp_path):
+        source = write(tmp_path / "p.json", '[{"prompt": "a"},\n {"prompt": "b", "other": 1}]')
+        assert [p.conversation for p in read_prompts(source)] == ["a", "b"]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{}", "expected a list"),
+            ("[1", "expected a list"),
+            ("[1]", "object 0: expected a JSON"),
+        ],
+    )
+    def test_anything_else_is_refused(self, tmp_path, text, message):
+        with pytest.raises(PromptError, match=message):
+            read_prompts(write(tmp_path / "p.json", text))
+
+    def test_a_file_of_a_dataset_on_the_hub(self, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        asked = []
+
+        def download(repo, file, *, repo_type):
+            asked.append((repo, file, repo_type))
+            return write(tmp_path / "p.json", '[{"prompt": "a"}]')
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        [prompt] = read_prompts("hf:some-one/a.set/folder/file.json")
+        assert prompt.conversation == "a"
+        assert asked == [("some-one/a.set", "folder/file.json", "dataset")]

@@ -32,6 +32,7 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(tmp_path, variant, mesh, train
     tiny.write_all(tmp_path)
     config = tiny.get_config(f"{tmp_path}{variant}")
     config.value.trainable = trainable
+    config.loop.compress = False
     run.run(config, tmp_path / "one", progress=False)
     config.mesh.update(mesh)
     run.run(config, tmp_path / "mesh", progress=False)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import math, tldr, ultrafeedback
-from experiments.run import run_seed
+from experiments.run import run
 from iro_jax.data import RolloutStore
 from iro_jax.evaluation import Ledger
 from tests.experiments import tiny
@@ -30,7 +30,7 @@ def shrink(config, model):
     config.search.update(max_new_tokens=6, chunk_length=2, batch_size=4, shard_size=4)
     config.search.update(beam_width=2, num_successors=2)
     config.search.sampling.update(temperature=1.0, top_k=20, top_p=1.0)
-    config.search.text_format.update(max_length=64)
+    config.search.text_format.update(max_length=64, truncation="left")
     config.loop.update(prompts_per_iteration=8, held_out=0.25)
     config.value.layer = 1
     for fit in (config.value.fit, config.value.compression):
@@ -61,7 +61,7 @@ def test_summaries(model, tmp_path):
     config.task.path = write(tmp_path / "posts.jsonl", rows)
     config.task.train.limit = 40
     config.task.evaluation.update(skip=50, limit=5)
-    results = run_seed(config, tmp_path / "run", progress=False)
+    [results] = run(config, tmp_path / "run", progress=False)
     names = [result.name for result in results]
     assert names[:2] == ["base", "best_of_4"]
     assert {"guided_sample_2", "iro_2", "guided_sample_compressed", "references"} <= set(names)
@@ -70,9 +70,11 @@ def test_summaries(model, tmp_path):
     assert facts["pairs"] + facts["held_out"] == 40
     trained = RolloutStore.open(tmp_path / "run/iter_0/rollouts").all()
     assert all(isinstance(rollout.prompt.conversation, str) for rollout in trained)
+    page = (tmp_path / "run/report/index.html").read_text()
+    assert f"of {facts['held_out']} held-out pairs right" in page
     # What the reward stage took is in the ledger, and it is not done again.
     before = Ledger(tmp_path / "run/cost.jsonl").totals(stage="reward").seconds
-    again = run_seed(config, tmp_path / "run", progress=False)
+    [again] = run(config, tmp_path / "run", progress=False)
     assert Ledger(tmp_path / "run/cost.jsonl").totals(stage="reward").seconds == before > 0
     np.testing.assert_array_equal(again[-1].reward, results[-1].reward)
 
@@ -94,7 +96,7 @@ def test_instructions(model, tmp_path, trained_before):
         config.task.reward.path = str(tmp_path / "reward")
         config.value.update(trainable="all", normalise=False, layer=None)
         config.value.head = None
-    results = run_seed(config, tmp_path / "run", progress=False)
+    [results] = run(config, tmp_path / "run", progress=False)
     assert "references" in [result.name for result in results]
     trained = RolloutStore.open(tmp_path / "run/iter_0/rollouts").all()
     assert {m["role"] for rollout in trained for m in rollout.prompt.conversation} == {"user"}
@@ -112,7 +114,7 @@ def test_problems(model, tmp_path):
     config.task.train.limit = 40
     config.task.evaluation.gsm8k.update(skip=40, limit=6)
     config.loop.prompts_per_iteration = 30
-    results = run_seed(config, tmp_path / "run", progress=False)
+    [results] = run(config, tmp_path / "run", progress=False)
     assert {"majority_of_4", "majority_2", "weighted_2"} <= {result.name for result in results}
     # Worked solutions are references: the answer is what follows the marks.
     for rollout in RolloutStore.open(tmp_path / "run/iter_0/rollouts").all():

@@ -93,10 +93,11 @@ def test_the_better_of_two_fields_is_named_by_a_third(tmp_path):
 def test_answers_may_be_conversations(tmp_path):
     turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "x"}]
     path = tmp_path / "pairs.json"
-    path.write_text(json.dumps([{"prompt": "p", "chosen": turns, "rejected": "y"}]))
+    # An empty answer is one, and not a good one.
+    path.write_text(json.dumps([{"prompt": "p", "chosen": turns, "rejected": ""}]))
     [pair] = read_pairs(str(path))
     assert pair.prompt.conversation == ({"role": "user", "content": "p"},)
-    assert (pair.chosen.text, pair.rejected.text) == ("x", "y")
+    assert (pair.chosen.text, pair.rejected.text) == ("x", "")
 
 
 def test_broken_pairs_are_named_and_long_ones_left_out(root, tmp_path):

@@ -15,6 +15,7 @@ from iro_jax.rewards import (
     gsm8k_answer,
     last_number,
     normalise_answer,
+    worked_answer,
 )
 
 
@@ -175,3 +176,18 @@ class TestExactMatch:
     def test_a_prompt_needs_a_reference(self, reference):
         with pytest.raises(ValueError, match=r"Prompt 'p': the reference .*Got: "):
             ExactMatch()([Prompt("p", "question", reference)], [TextAnswer("72")])
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "reward"),
+    [
+        ("48/2 = 24\n24+48 = 72\n#### 72", "so \\boxed{72}", 1.0),
+        ("48/2 = 24\n24+48 = 72\n#### 72", "so \\boxed{24}", 0.0),
+        ("48/2 = 24\n24+48 = 72\n#### 72", "72", 0.0),
+        ("thus \\boxed{p - q}", "\\boxed{p-q}", 1.0),
+        ("p - q", "\\boxed{p-q}", 1.0),
+    ],
+)
+def test_worked_solutions_may_be_written_otherwise_than_answers(reference, text, reward):
+    boxed = ExactMatch(boxed_answer, extract_reference=worked_answer)
+    assert boxed([Prompt("a", "x", reference)], [TextAnswer(text)]) == [reward]
