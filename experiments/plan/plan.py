@@ -23,6 +23,9 @@ from experiments.plan.programs import (
     TooLargeError,
 )
 
+_TRIES = 4
+"""Looks at smaller and smaller batches where the line through two of them has promised too much."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Need:
@@ -191,12 +194,14 @@ def find_largest(
     second = need(other)
     if second is None:
         return Largest(kind, multiple, smallest)
-    for answer in range(
-        largest_batch((multiple, other), (smallest, second), memory, multiple), multiple, -multiple
-    ):
+    answer = largest_batch((multiple, other), (smallest, second), memory, multiple)
+    for _ in range(_TRIES):
         used = need(answer)
         if used is not None and used <= memory:
             return Largest(kind, answer, used)
+        # The line was too steep somewhere; the compiler does not always say by how much.
+        share = 0.9 if used is None else min(memory / used, 0.98)
+        answer = max(int(share * answer) // multiple * multiple, multiple)
     return Largest(kind, multiple, smallest)
 
 

@@ -29,6 +29,8 @@ def config(folder, *, values="values", trainable="all"):
         max_new_tokens=64, beam_width=2, num_successors=3, chunk_length=8, batch_size=PROMPTS
     )
     found.search.text_format.max_length = 32
+    # The tops of the vocabulary's parts are gathered: fewer than a tiny cache has keys.
+    found.search.sampling.top_k = 4
     found.value.update(backbone="policy", trainable=trainable)
     if values != "policy":
         found.value.update(backbone=str(folder / f"{values}.json"), dtype="bfloat16")
