@@ -57,6 +57,10 @@ def read_answers(
     return jnp.concatenate([first, after.at(depth)[:, 0]], axis=2)
 
 
+_MOST_TOKENS = 16384
+"""Places of a batch for answers: with longer ones, attention between them would not fit."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StateReader:
     """Reads groups of answers in batches of one shape.
@@ -64,8 +68,8 @@ class StateReader:
     Attributes:
       network: the backbone.
       depth: which hidden states; see `read_answers`.
-      rows: prompts a batch.
-      answers: answers of a row; a prompt with more of them takes several rows.
+      rows: prompts a batch; fewer where their answers are long.
+      answers: most answers of a row; a prompt with more of them takes several rows.
     """
 
     network: Network
@@ -87,10 +91,12 @@ class StateReader:
             for some in _batched(answers, self.answers)
         ]
         slots = slots_for(max((len(x) for _, _, some in rows for x in some), default=0))
+        columns = max((len(some) for _, _, some in rows), default=1)
+        together = max(1, min(self.rows, _MOST_TOKENS // (columns * slots)))
         found: list[list[np.ndarray]] = [[] for _ in groups]
-        for batch in _batched(rows, self.rows):
-            padded = pad_prompts([prompt for _, prompt, _ in batch], rows=self.rows)
-            tokens = np.zeros((self.rows, self.answers, slots), np.int32)
+        for batch in _batched(rows, together):
+            padded = pad_prompts([prompt for _, prompt, _ in batch], rows=together)
+            tokens = np.zeros((together, columns, slots), np.int32)
             mask = np.zeros(tokens.shape, bool)
             for row, (_, _, answers) in enumerate(batch):
                 for column, answer in enumerate(answers):
