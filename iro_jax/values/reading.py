@@ -64,7 +64,8 @@ class StateReader:
       network: the backbone.
       depth: which hidden states; see `read_answers`.
       rows: prompts a batch.
-      answers: answers of a row; a prompt with more of them takes several rows.
+      answers: most answers of a row, which has room for as many as the groups need, up to the
+        next power of two; a prompt with more of them takes several rows.
     """
 
     network: Network
@@ -86,10 +87,12 @@ class StateReader:
             for some in _batched(answers, self.answers)
         ]
         slots = slots_for(max((len(x) for _, _, some in rows for x in some), default=0))
+        most = max((len(some) for _, _, some in rows), default=1)
+        columns = min(self.answers, 1 << (most - 1).bit_length())
         found: list[list[np.ndarray]] = [[] for _ in groups]
         for batch in _batched(rows, self.rows):
             padded = pad_prompts([prompt for _, prompt, _ in batch], rows=self.rows)
-            tokens = np.zeros((self.rows, self.answers, slots), np.int32)
+            tokens = np.zeros((self.rows, columns, slots), np.int32)
             mask = np.zeros(tokens.shape, bool)
             for row, (_, _, answers) in enumerate(batch):
                 for column, answer in enumerate(answers):
