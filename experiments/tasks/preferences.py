@@ -30,7 +30,6 @@ from iro_jax.data import Prompt, PromptError
 from iro_jax.data.sources import rows, shorten
 from iro_jax.evaluation import wins
 from iro_jax.models import Pretrained
-from iro_jax.models.network import Depth
 from iro_jax.models.sharding import RULES, Rules
 from iro_jax.rewards import TextAnswer
 from iro_jax.values import (
@@ -45,7 +44,6 @@ from iro_jax.values import (
 )
 from iro_jax.values import from_pretrained as load_value
 from iro_jax.values.prefixes import group_by_prompt
-from iro_jax.values.reading import StateReader
 
 _ROWS_AT_A_TIME = 32
 
@@ -169,9 +167,7 @@ def train_reward(
     tokens = AnswerTokens(model.tokenizer, model)
     train, held_out = fitting_pairs(spec, place, tokens)
     if spec.trainable == "head":
-        # Every prompt has two answers; the reader's own batches have room for many more.
-        depth: Depth = "hidden" if layer is None else layer
-        states = StateCache(model, layer, StateReader(model.network, depth, answers=2))
+        states = StateCache(model, layer)
         params = _fit_head(_last_states(states, tokens, train), spec.regularisation)
         function = new_head(model, Head(), layer=layer, source=name)
         function = function.with_params(dataclasses.replace(function.params, head=params))

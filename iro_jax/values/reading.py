@@ -69,7 +69,8 @@ class StateReader:
       network: the backbone.
       depth: which hidden states; see `read_answers`.
       rows: prompts a batch; fewer where their answers are long.
-      answers: most answers of a row; a prompt with more of them takes several rows.
+      answers: most answers of a row, which has room for as many as the groups need; a prompt with
+        more of them takes several rows.
     """
 
     network: Network
@@ -91,8 +92,11 @@ class StateReader:
             for some in _batched(answers, self.answers)
         ]
         slots = slots_for(max((len(x) for _, _, some in rows for x in some), default=0))
-        columns = max((len(some) for _, _, some in rows), default=1)
-        together = max(1, min(self.rows, _MOST_TOKENS // (columns * slots)))
+        # Powers of two, for few programs.
+        most = max((len(some) for _, _, some in rows), default=1)
+        columns = min(self.answers, 1 << (most - 1).bit_length())
+        fitting = max(1, _MOST_TOKENS // (columns * slots))
+        together = min(self.rows, 1 << (fitting.bit_length() - 1))
         found: list[list[np.ndarray]] = [[] for _ in groups]
         for batch in _batched(rows, together):
             padded = pad_prompts([prompt for _, prompt, _ in batch], rows=together)
