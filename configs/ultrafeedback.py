@@ -28,6 +28,12 @@ reward model a linear head, trained by the run on pairs. A file of pairs (`promp
     python -m experiments.run --config=configs/ultrafeedback.py:smollm2 \\
       --workdir=runs/ultrafeedback_smollm2 --config.task.path=pairs.jsonl \\
       --config.task.evaluation.path=prompts_805.jsonl
+
+What to expect of it, in the log-odds of its own reward model, which tells 6 of 12 held-out pairs,
+no more than chance: 12 prompts say little, base -0.01 (-0.24 to 0.22), best-of-16 2.52 (2.14 to
+2.88), guided samples 1.35, 1.60 and 1.99 after one and two iterations and compressed, what the
+reward picks of them 2.78, 3.13 and 2.90. Its stages took 14 minutes on two cores that others were
+using.
 """
 
 from ml_collections import ConfigDict
