@@ -44,11 +44,7 @@ def devices_of(config: ConfigDict) -> Devices:
     Raises:
       ValueError: they are not there, or the section has unknown values.
     """
-    chosen = config.mesh
-    if chosen.get("values") not in _VALUE_RULES:
-        raise ValueError(
-            f"mesh.values must be one of {tuple(_VALUE_RULES)}. Got: {chosen.get('values')!r}"
-        )
+    chosen, rules = config.mesh, value_rules(config)
     mesh = hosts.global_mesh(chosen.data, chosen.fsdp, chosen.model)
     own = hosts.local_mesh(mesh)
     share = 1 if own is None else num_shards("batch", own)
@@ -59,4 +55,17 @@ def devices_of(config: ConfigDict) -> Devices:
             config.search.batch_size,
             share,
         )
-    return Devices(mesh, own, _VALUE_RULES[chosen["values"]])
+    return Devices(mesh, own, rules)
+
+
+def value_rules(config: ConfigDict) -> Rules:
+    """How `config.mesh.values` says that value networks and reward models are split.
+
+    Raises:
+      ValueError: it is no way that there is.
+    """
+    # `values` is also a method of a ConfigDict.
+    chosen = config.mesh["values"]
+    if chosen not in _VALUE_RULES:
+        raise ValueError(f"mesh.values must be one of {tuple(_VALUE_RULES)}. Got: {chosen!r}")
+    return _VALUE_RULES[chosen]

@@ -2,7 +2,8 @@
 
 Every field of the configuration can be overridden, as in `--config.search.chunk_length=8`, and
 every config has variants, as in `--config=configs/smollm2.py:fast`. A run that was killed goes
-on with the same command.
+on with the same command. Several hosts run it together with `--distributed`, see
+`experiments/README.md`.
 """
 
 from __future__ import annotations

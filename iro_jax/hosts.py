@@ -44,8 +44,8 @@ def join(
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            "The hosts did not meet. Outside of TPU pods, Slurm, MPI and Kubernetes say"
-            " --coordinator=ADDRESS:PORT, --num_processes and --process_id on each."
+            "The hosts did not meet. Outside of TPU pods, Slurm, MPI and Kubernetes each has to say"
+            " coordinator (ADDRESS:PORT), num_processes and process_id."
             f" Got: {str(error).splitlines()[0]}"
         ) from error
 

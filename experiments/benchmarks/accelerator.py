@@ -41,6 +41,7 @@ from experiments.benchmarks.common import (
     random_prompts,
     unguided,
 )
+from experiments.plan.by_hand import slot_bytes
 from experiments.plan.chips import chip_of
 from iro_jax.evaluation import markdown_table
 from iro_jax.guidance import GuidedSearch, ValueSum, ValueSumParams
@@ -121,9 +122,7 @@ class Reader:
     @property
     def slot_bytes(self) -> int:
         """Of one token's keys and values."""
-        config = self.network.config
-        itemsize = jnp.dtype(config.dtype).itemsize
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+        return slot_bytes(self.network.config)
 
 
 def random_reader(config: TransformerConfig, seed: int) -> Reader:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from experiments.devices import value_rules
 from experiments.plan.architectures import architecture
 from experiments.settings import loop_settings, search_settings, value_settings
 from iro_jax.collect import SearchSettings
@@ -22,12 +23,11 @@ from iro_jax.guidance import (
     ValueSum,
     ValueSumParams,
 )
-from iro_jax.guidance.guide import _slots as bridge_slots
+from iro_jax.guidance.guide import bridge_slots
 from iro_jax.models import Network, bucket_length
 from iro_jax.models.config import Head as HeadKind
 from iro_jax.models.lora import init_adapters
 from iro_jax.models.network import Depth
-from iro_jax.models.sharding import REPLICATED, RULES
 from iro_jax.values import ValueNetwork, ValueParams, ValueSettings
 from iro_jax.values.objectives import ValueObjective
 
@@ -175,21 +175,8 @@ class Experiment:
         return jax.eval_shape(lambda: head.init(jax.random.key(0), width, copies))
 
     def objective(self) -> ValueObjective:
-        """What a fit minimises, in the type that it computes in."""
-        chosen = self.fitting
-        network = self.value
-        if chosen.trainable != "head":
-            config = network.network.config.replace(dtype=chosen.dtype)
-            backbone = dataclasses.replace(network.network, config=config)
-            network = dataclasses.replace(network, network=backbone)
-        return ValueObjective(
-            network,
-            chosen.loss,
-            chosen.trainable,
-            gamma=chosen.gamma,
-            lam=chosen.lam,
-            remat=chosen.remat,
-        )
+        """What a fit minimises."""
+        return self.fitting.objective(self.value, self.fitting.loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,13 +208,12 @@ def describe(
     """
     search, loop, fitting = search_settings(config), loop_settings(config), value_settings(config)
     policy = Network(architecture(_name(config.policy), dtype=config.policy.dtype, head="logits"))
-    rules = REPLICATED if config.mesh["values"] == "replicated" else RULES
     on_policy = config.value.backbone == "policy" and fitting.trainable == "head"
     backbone = policy
     if config.value.backbone != "policy":
         head: HeadKind | None = "score" if fitting.head is None else None
         named = _name(config.value, "backbone")
-        backbone = Network(architecture(named, head=head), rules=rules)
+        backbone = Network(architecture(named, head=head), rules=value_rules(config))
     adapters = fitting.trainable == "adapters"
     value = ValueNetwork(backbone, fitting.head, fitting.layer, adapters=adapters)
     if prompt_tokens is None:

@@ -258,8 +258,7 @@ class Search:
         return self._batched(jax.ShapeDtypeStruct(shape, jnp.bool_))
 
     def _batched(self, x: Any, axis: int = 0) -> jax.ShapeDtypeStruct:
-        names = [None] * x.ndim
-        names[axis : axis + 1] = ["batch"] if x.ndim > axis else []  # type: ignore[list-item]
+        names = ["batch" if place == axis else None for place in range(x.ndim)]
         sharding = named_sharding(names, x.shape, self.mesh)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 

@@ -338,12 +338,12 @@ def value_scorer(
         own,
         end_of_turn(own, chat=chat),
         vocab_size=models[0].network.config.vocab_size,
-        slots=_slots(chunk_length),
+        slots=bridge_slots(chunk_length),
     )
     return BridgedValues(values, bridge), params, own
 
 
-def _slots(chunk_length: int) -> int:
+def bridge_slots(chunk_length: int) -> int:
     """What a bridge is given for the tokens of a chunk, those that it reads again included.
 
     One chunk that needs more has its whole batch searched again. Of Gemma's chunks of 4 tokens, in

@@ -28,6 +28,7 @@ from iro_jax.values.function import (
     with_adapters,
 )
 from iro_jax.values.heads import Head, fold_inputs
+from iro_jax.values.network import ValueNetwork
 from iro_jax.values.next_states import NextStates
 from iro_jax.values.objectives import (
     LossName,
@@ -89,6 +90,16 @@ class ValueSettings:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1. Got: {self.rank}")
 
+    def objective(self, network: ValueNetwork, loss: LossName) -> ValueObjective:
+        """What a fit of this network minimises, in the type that it computes in."""
+        if self.trainable != "head":
+            config = network.network.config.replace(dtype=self.dtype)
+            backbone = dataclasses.replace(network.network, config=config)
+            network = dataclasses.replace(network, network=backbone)
+        return ValueObjective(
+            network, loss, self.trainable, gamma=self.gamma, lam=self.lam, remat=self.remat
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class FittedFunction:
@@ -146,13 +157,13 @@ class ValueFitter:
           ValueError: the loss and the head do not go together.
         """
         function = self._prepare(start)
-        self._objective(function, self.settings.loss)
+        self.settings.objective(function.network, self.settings.loss)
         if self.settings.loss == "cdq":
             self._next_states(function)
         if self.settings.normalise:
             _rescaled(function, 0.0, 2.0)
         if compress:
-            self._objective(self._for_sums(function), "compression")
+            self.settings.objective(self._for_sums(function).network, "compression")
 
     def __call__(
         self,
@@ -263,7 +274,7 @@ class ValueFitter:
         desc: str,
         on_epoch: Callable[[Epoch], None] | None,
     ) -> FittedFunction:
-        objective = self._objective(function, loss)
+        objective = self.settings.objective(function.network, loss)
         train, held_out = self._examples(function, loss, stores, parts)
         head, scale = function.network.head, None
         if "states" in train[0]:
@@ -307,21 +318,6 @@ class ValueFitter:
                 for example in train
                 if "next_probabilities" in example
             ),
-        )
-
-    def _objective(self, function: ValueFunction, loss: LossName) -> ValueObjective:
-        chosen, network = self.settings, function.network
-        if chosen.trainable != "head":
-            config = network.network.config.replace(dtype=chosen.dtype)
-            backbone = dataclasses.replace(network.network, config=config)
-            network = dataclasses.replace(network, network=backbone)
-        return ValueObjective(
-            network,
-            loss,
-            chosen.trainable,
-            gamma=chosen.gamma,
-            lam=chosen.lam,
-            remat=chosen.remat,
         )
 
     def _examples(

@@ -21,7 +21,16 @@ from iro_jax.models import Sampling, draw_keys, gumbel_noise, make_mesh, prompt_
 from iro_jax.models.sharding import REPLICATED, RULES, tree_shardings
 from iro_jax.testing import tiny_network
 from iro_jax.values import Head, ValueNetwork, ValueParams
-from tests.guidance.cases import SIZES, batch, guided, guided_params, prompts, scored, weights
+from tests.guidance.cases import (
+    POLICY,
+    SIZES,
+    batch,
+    guided,
+    guided_params,
+    prompts,
+    scored,
+    weights,
+)
 
 # The same prompts can be searched with the real model in greater number than CI has time for.
 REAL_PROMPTS = int(os.environ.get("IRO_JAX_INVARIANCE_PROMPTS", "16"))
@@ -135,6 +144,27 @@ def test_200_answers_are_the_same_on_every_mesh():
     for shape in [(8, 1), (4, 2), (2, 4), (1, 8)]:
         found = search_all(search, params, some, rows=ROWS, length=32, mesh=make_mesh(*shape))
         assert same_answers(search, params, some, reference, found) >= 0.99
+
+
+def test_on_a_mesh_that_also_splits_the_model():
+    scorer, scorer_params = scored()["shared backbone"]
+    search, params, some = guided(scorer), guided_params(scorer_params), prompts(16)
+    mesh = make_mesh(data=4, model=2)
+    placed = GuidedParams(
+        jax.device_put(params.policy, POLICY.param_shardings(mesh)), params.scorer
+    )
+    reference = search_all(search, params, some, rows=8, length=32)
+    run = jax.jit(search)
+    for start in (0, 8):
+        tokens, mask = batch(some[start : start + 8])
+        keys = prompt_keys(0, [str(i) for i in range(start, start + 8)])
+        with jax.set_mesh(mesh):
+            output = jax.device_get(run(placed, keys, tokens, mask))
+        for row in range(8):
+            np.testing.assert_array_equal(
+                output.finalists.tokens[row, output.best[row]],
+                reference[0].tokens[start + row, reference[1][start + row]],
+            )
 
 
 def test_networks_of_one_program_may_be_placed_by_different_rules():

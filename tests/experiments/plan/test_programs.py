@@ -14,7 +14,7 @@ from experiments.plan.hlo import collectives
 from experiments.plan.placing import Places, device_bytes, mesh_of, mesh_sizes
 from experiments.plan.plan import held_bytes, largest_gather, search_needs, whole_bytes
 from experiments.plan.programs import Search
-from iro_jax.guidance.guide import _slots
+from iro_jax.guidance.guide import bridge_slots
 
 PROMPTS = 4
 LAYERS = 3
@@ -92,7 +92,7 @@ def cache_bytes(config, slots, shares):
 def test_what_a_configuration_runs(experiment):
     assert experiment.foreign
     assert experiment.separate
-    assert experiment.value_slots == _slots(8) == 16
+    assert experiment.value_slots == bridge_slots(8) == 16
     assert experiment.value.network.config.head == "score"
     assert experiment.num_iterations == 3
     assert mesh_sizes(8, experiment.mesh) == {"data": 2, "fsdp": 2, "model": 2}
