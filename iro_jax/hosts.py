@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -120,8 +120,20 @@ def global_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh | None:
             f" on one host: model must divide {jax.local_device_count()}."
             f" Got: data={data}, fsdp={fsdp}, model={model}"
         )
-    # By hosts, so that each has whole copies of a network.
-    ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return mesh_by_host(jax.devices(), data, fsdp, model)
+
+
+def local_mesh(mesh: Mesh | None) -> Mesh | None:
+    """The part of `global_mesh` that lies on this host's devices; None if that is one device."""
+    if mesh is None or count() == 1:
+        return mesh
+    own = part_of_host(mesh, index())
+    return own if own.size > 1 else None
+
+
+def mesh_by_host(devices: Sequence[jax.Device], data: int, fsdp: int, model: int) -> Mesh:
+    """A mesh over all of these, host after host: each has whole copies of a network."""
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(
         np.asarray(ordered).reshape(data, fsdp, model),
         ("data", "fsdp", "model"),
@@ -129,13 +141,8 @@ def global_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh | None:
     )
 
 
-def local_mesh(mesh: Mesh | None) -> Mesh | None:
-    """The part of `global_mesh` that lies on this host's devices; None if that is one device."""
-    if mesh is None or count() == 1:
-        return mesh
-    model = mesh.shape["model"]
-    rows = mesh.devices.reshape(-1, model)
-    own = rows[[row[0].process_index == index() for row in rows]]
-    if own.size == 1:
-        return None
+def part_of_host(mesh: Mesh, host: int) -> Mesh:
+    """What of a `mesh_by_host` lies on one host: `data` takes what `model` leaves."""
+    rows = mesh.devices.reshape(-1, mesh.shape["model"])
+    own = rows[[row[0].process_index == host for row in rows]]
     return Mesh(own[:, None, :], mesh.axis_names, axis_types=mesh.axis_types)

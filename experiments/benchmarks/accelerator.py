@@ -41,6 +41,7 @@ from experiments.benchmarks.common import (
     random_prompts,
     unguided,
 )
+from experiments.plan.architectures import hf_config
 from experiments.plan.by_hand import slot_bytes
 from experiments.plan.chips import chip_of
 from iro_jax.evaluation import markdown_table
@@ -56,24 +57,6 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each program.")
 _SMALL = flags.DEFINE_bool("small", False, "Tiny networks.")
 _OUT = flags.DEFINE_string("out", None, "File for the table; it is printed in any case.")
 
-LLAMA_3_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "rope_parameters": {"rope_theta": 500_000.0, "rope_type": "default"},
-    "tie_word_embeddings": False,
-}
-MISTRAL_7B = LLAMA_3_8B | {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}}
-"""Its layers have Llama-3-8B's sizes."""
 TINY = {
     "vocab_size": 256,
     "hidden_size": 32,
@@ -163,15 +146,15 @@ def search_bytes(
     return total
 
 
-def hf_config() -> dict[str, Any]:
-    return LLAMA_3_8B | (TINY if _SMALL.value else {})
+def shape() -> dict[str, Any]:
+    """Of the policy, and of the value network: Mistral-7B's layers have Llama-3-8B's sizes."""
+    return hf_config("meta-llama/Meta-Llama-3-8B-Instruct") | (TINY if _SMALL.value else {})
 
 
 def readers() -> tuple[Reader, Reader]:
     """The policy and the value network."""
-    small = TINY if _SMALL.value else {}
-    policy = translate_config(LLAMA_3_8B | small).replace(dtype="bfloat16")
-    values = translate_config(MISTRAL_7B | small, head="score").replace(dtype="bfloat16")
+    policy = translate_config(shape(), head="logits", dtype="bfloat16")
+    values = translate_config(shape(), head="score", dtype="bfloat16")
     return random_reader(policy, 0), random_reader(values, 1)
 
 
@@ -196,7 +179,7 @@ def random_peer() -> Any | None:
 
     from experiments.benchmarks.peer import Peer
 
-    config = transformers.AutoConfig.for_model(**hf_config())
+    config = transformers.AutoConfig.for_model(**shape())
     peer = Peer.__new__(Peer)
     with torch.device(device):
         peer.policy = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from experiments.plan.chips import Topology
+from iro_jax import hosts
 from iro_jax.models.sharding import make_mesh
 
 PyTree = Any
@@ -50,21 +50,20 @@ def places_of(topology: Topology, mesh: Mapping[str, int]) -> Places:
             f" on each: model must divide them. Got: {sizes['model']}"
         )
     num_hosts = topology.num_devices // topology.host_devices
-    if num_hosts > 1:
-        shares = topology.host_devices // sizes["model"]
-        of_host = {"data": shares, "fsdp": 1, "model": sizes["model"]}
-    else:
-        of_host = sizes
-    if not topology.is_tpu:
-        return Places(_abstract(sizes), _abstract(of_host), num_hosts)
-    devices = tpu_devices(topology.name)
-    own = mesh_of(devices[: topology.host_devices], of_host)
+    if topology.is_tpu:
+        devices = tpu_devices(topology.name)
+        if num_hosts == 1:
+            own = mesh_of(devices, sizes)
+            return Places(own, own, 1)
+        everywhere = hosts.mesh_by_host(devices, **sizes)
+        own = hosts.part_of_host(everywhere, devices[0].process_index)
+        return Places(everywhere, own, num_hosts)
+    everywhere = _abstract(sizes)
     if num_hosts == 1:
-        return Places(own, own, 1)
-    # By hosts, so that each has whole copies of a network.
-    everywhere = np.asarray(devices).reshape(tuple(sizes.values()))
-    kinds = (AxisType.Auto,) * len(sizes)
-    return Places(Mesh(everywhere, tuple(sizes), axis_types=kinds), own, num_hosts)
+        return Places(everywhere, everywhere, 1)
+    shares = topology.host_devices // sizes["model"]
+    of_host = _abstract({"data": shares, "fsdp": 1, "model": sizes["model"]})
+    return Places(everywhere, of_host, num_hosts)
 
 
 def tpu_devices(topology: str) -> Sequence[jax.Device]:
