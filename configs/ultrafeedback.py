@@ -77,7 +77,7 @@ def get_config(variant: str = "8b") -> ConfigDict:
         return _smollm2(config)
     config.policy.update(name=_POLICY.format(variant.upper()), dtype="bfloat16")
     # So many accelerators of a host share weights and caches of the policy and of the three value
-    # networks; more of them share the prompts. 70B fits into four of 80 GB, 8B into eight of 16 GB.
+    # networks; more of them share the prompts. What fits where: experiments/plan/README.md.
     config.mesh.model = 4 if variant == "70b" else 8
     # The reward model is trained from it; the first value function starts from that.
     config.value.update(

@@ -1,12 +1,17 @@
 """Eight virtual CPU devices for every test, and what tests of real models share."""
 
+import gc
 import importlib.util
+import os
 import tempfile
 
 import chex
 import jax
 import pytest
 
+# Most of the time would go into optimising programs that run once.
+FAST_TO_COMPILE = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_TO_COMPILE}"
 chex.set_n_cpu_devices(8)
 
 # Eight devices on few cores: programs that wait for each other must not be queued.
@@ -24,6 +29,14 @@ def pytest_collection_modifyitems(items):
         for package in (mark.args[0] for mark in item.iter_markers("needs")):
             if importlib.util.find_spec(package) is None:
                 item.add_marker(pytest.mark.skip(reason=f"{package} is not installed"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Those of all tests together would fill gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Searches of real models: policies, scorers, tokenizer bridges, and text in and out."""
 
 from iro_jax.guidance.answers import AnswerSource, Guided, GuidedAnswer, Reward
-from iro_jax.guidance.api import ApiGuide, ApiSampler, api_value_scorer
+from iro_jax.guidance.api import ApiGuide, api_value_scorer
+from iro_jax.guidance.api_sampler import ApiSampler
 from iro_jax.guidance.bridge import Boundaries, Bridge, BridgedValues
 from iro_jax.guidance.endpoint import ApiError, Endpoint
 from iro_jax.guidance.functions import function_scorer, reads_policy, shared_passes, watching

@@ -13,6 +13,7 @@ import pytest
 
 from iro_jax.data import RolloutStore
 from iro_jax.evaluation import Ledger
+from tests.conftest import FAST_TO_COMPILE
 from tests.experiments import tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -24,8 +25,8 @@ def start(root: Path, workdir: Path, count: int) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {
+    environment = os.environ | {
+        "XLA_FLAGS": FAST_TO_COMPILE,
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

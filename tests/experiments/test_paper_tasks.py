@@ -27,6 +27,7 @@ def model(tmp_path_factory):
 def shrink(config, model):
     """The variant's own settings, but for sizes."""
     config.policy.name = model
+    config.mesh.data = 1
     config.search.update(max_new_tokens=6, chunk_length=2, batch_size=4, shard_size=4)
     config.search.update(beam_width=2, num_successors=2)
     config.search.sampling.update(temperature=1.0, top_k=20, top_p=1.0)

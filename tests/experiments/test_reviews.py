@@ -19,6 +19,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     config = smollm2.get_config("fast")
+    config.mesh.data = 1
     config.task.update(num_evaluation=4, num_reward_reviews=96)
     config.loop.update(prompts_per_iteration=4, held_out=0.3)
     config.search.update(max_new_tokens=8, shard_size=4, batch_size=4)

@@ -40,6 +40,7 @@ def no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", offline)
 
 
+@pytest.mark.needs("datasets")
 @pytest.mark.parametrize(
     ("module", "name", "flags"),
     [

@@ -3,6 +3,8 @@
 import math
 import random
 
+from iro_jax.guidance.endpoint import END as BYTES_END
+from iro_jax.guidance.endpoint import Endpoint
 from tests.local_server import LocalServer
 
 END = None
@@ -95,3 +97,18 @@ def completion(choices, **fields):
         "model": "tiny",
         "choices": choices,
     } | fields
+
+
+def text_choice(text, finish_reason="length", logprobs=None):
+    """A choice as servers write it."""
+    return {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": logprobs}
+
+
+def endpoint(server, **settings):
+    """Of such a server."""
+    return Endpoint("tiny", base_url=server.url, api_key="none", **settings)
+
+
+def ids_of(tokens):
+    """The bytes of the server's tokens, None being the end."""
+    return [i for token in tokens for i in (token.encode() if token is not None else [BYTES_END])]

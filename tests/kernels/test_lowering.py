@@ -1,12 +1,6 @@
 """The kernels compile for TPUs and lower for GPUs that are not there."""
 
 import functools
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +8,7 @@ import pytest
 
 from kernels import Part, fused_draw, prefix_attention
 from tests.kernels import tpu_programs
+from tests.libtpu import compiled_by
 
 PROGRAMS = [
     f"{topology} {name}"
@@ -27,25 +22,8 @@ PROGRAMS = [
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What `tpu_programs` prints. libtpu is loaded in a process of its own."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install libtpu")
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        # It may be loaded elsewhere too: no TPU is touched.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.tpu_programs"],
-        cwd=pathlib.Path(__file__).parents[2],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """What `tpu_programs` prints."""
+    return compiled_by("tests.kernels.tpu_programs")
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -4,16 +4,10 @@ Four layers of every network; all other shapes are the experiment's. A command c
 `python -m experiments.plan`.
 """
 
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
 from tests.experiments.plan.tpu_programs import CASES, LAYERS, PROMPTS
+from tests.libtpu import compiled_by
 
 pytestmark = pytest.mark.slow
 
@@ -25,25 +19,8 @@ SEARCHES = ("prefill", "beam step: sampling", "beam step: values and selection")
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    """What `tpu_programs` prints. libtpu is loaded in a process of its own."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install libtpu")
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        # It may be loaded elsewhere too: no TPU is touched.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.experiments.plan.tpu_programs", request.param],
-        cwd=pathlib.Path(__file__).parents[3],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return request.param, json.loads(done.stdout.splitlines()[-1])
+    """What `tpu_programs` prints."""
+    return request.param, compiled_by("tests.experiments.plan.tpu_programs", request.param)
 
 
 def test_weights_are_those_of_the_parameters(case):
