@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, and what tests of real models share."""
+"""How every test compiles, on eight virtual CPU devices, and what tests of real models share."""
 
 import gc
 import importlib.util

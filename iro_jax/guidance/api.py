@@ -66,8 +66,6 @@ from iro_jax.search import (
 )
 from iro_jax.values import StackedNetworks, ValueNetwork, ValueParams
 
-_PLAIN = Sampling()
-
 
 class ApiGuide:
     """Answers text with text, guided, where the policy is behind an API.
@@ -104,7 +102,7 @@ class ApiGuide:
         *,
         scorer_tokenizer: PreTrainedTokenizerBase | None = None,
         chat_tokenizer: PreTrainedTokenizerBase | None = None,
-        sampling: Sampling = _PLAIN,
+        sampling: Sampling = Sampling(),
         beam_width: int = 4,
         num_successors: int = 4,
         chunk_length: int = 16,

@@ -17,8 +17,6 @@ from iro_jax.search import Chunk, Frontier
 BYTE_TOKENS = (*(bytes([byte]) for byte in range(256)), b"")
 """What each id stands for: the policy's tokens of a `Bridge`."""
 
-_PLAIN = Sampling()
-
 
 class ApiSampler:
     """The `expand_fn` of a `HostSearch` whose policy is an endpoint.
@@ -46,7 +44,7 @@ class ApiSampler:
         self,
         endpoint: Endpoint,
         *,
-        sampling: Sampling = _PLAIN,
+        sampling: Sampling = Sampling(),
         chunk_length: int = 16,
         max_new_tokens: int = 256,
         bytes_per_token: int = 16,

@@ -91,7 +91,14 @@ class ValueSettings:
             raise ValueError(f"rank must be at least 1. Got: {self.rank}")
 
     def objective(self, network: ValueNetwork, loss: LossName) -> ValueObjective:
-        """What a fit of this network minimises, in the type that it computes in."""
+        """What a fit of this network minimises, in the type that it computes in.
+
+        Args:
+          loss: `self.loss`, or `compression` where a sum is fitted.
+
+        Raises:
+          ValueError: the loss and the network's head do not go together.
+        """
         if self.trainable != "head":
             config = network.network.config.replace(dtype=self.dtype)
             backbone = dataclasses.replace(network.network, config=config)

@@ -112,3 +112,8 @@ def endpoint(server, **settings):
 def ids_of(tokens):
     """The bytes of the server's tokens, None being the end."""
     return [i for token in tokens for i in (token.encode() if token is not None else [BYTES_END])]
+
+
+def bytes_text(ids):
+    """The text of bytes, without the end."""
+    return bytes(i for i in ids if i != BYTES_END).decode()

@@ -1,4 +1,4 @@
-"""The search through an API: the oracle's answers, and what servers may do to it."""
+"""The search through an API: the oracle's answers, and what it refuses."""
 
 import collections
 import dataclasses
@@ -16,14 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from iro_jax import search as s
 from iro_jax.guidance import Bridge, BridgedValues, NoScore, ValueSum
 from iro_jax.guidance.api import ApiGuide, api_value_scorer, chat_text
-from iro_jax.guidance.api_sampler import BYTE_TOKENS, ApiSampler
+from iro_jax.guidance.api_sampler import BYTE_TOKENS
 from iro_jax.guidance.endpoint import END
-from iro_jax.models import Pretrained, Sampling, TextFormat, pad_prompts, prompt_keys, render
+from iro_jax.models import Pretrained, Sampling, TextFormat, pad_prompts, render
 from iro_jax.testing import tiny_network, word_tokenizer
 from iro_jax.values import ValueNetwork
 from tests.guidance.completions_server import (
     CompletionsServer,
     TextModel,
+    bytes_text,
     choice,
     completion,
     endpoint,
@@ -37,12 +38,6 @@ pytestmark = pytest.mark.needs("openai")
 
 PROMPTS = ["The film was", "naïve 😀 ", "x\n", "你好", "a b"]
 SMALL = {"beam_width": 3, "num_successors": 2, "chunk_length": 3, "max_new_tokens": 8}
-
-
-@pytest.fixture
-def server():
-    with CompletionsServer(serve(TextModel())) as running:
-        yield running
 
 
 def guide_of(server, **settings):
@@ -156,10 +151,6 @@ def test_the_server_sees_the_prompt_and_the_answer_so_far():
     assert {"né " + answer.text for answer in found.answers} <= known.keys()
     assert all(answer.text == bytes_text(answer.tokens) for answer in found.answers)
     assert any(not answer.text.isascii() for answer in found.answers)
-
-
-def bytes_text(ids):
-    return bytes(i for i in ids if i != END).decode()
 
 
 def test_a_request_carries_the_sampling(server):
@@ -335,64 +326,6 @@ def test_an_empty_completion_ends_the_answer():
     assert (found.text, found.answers[0].tokens, found.answers[0].finished) == ("", (END,), True)
 
 
-# Chunks of bytes.
-
-
-def chunk_of(replies, *, answer=b"", **settings):
-    """What a sampler makes of a server's replies behind an answer: text, `END`, ended."""
-    count = len(replies)
-    body = completion([text_choice(*reply) for reply in replies])
-    with CompletionsServer(lambda _: body) as server:
-        sampler = ApiSampler(endpoint(server, log_probs=False), **settings)
-        sampler.start(["x"])
-        beams = s.Beams(
-            tokens=np.array([*answer, *[0] * sampler.chunk_bytes]).reshape(1, 1, -1),
-            lengths=np.full((1, 1), len(answer)),
-            ended=np.zeros((1, 1), bool),
-            finished=np.zeros((1, 1), bool),
-            log_probs=np.zeros((1, 1)),
-            scores=None,
-            nodes=None,
-        )
-        frontier = s.Frontier(
-            step=jnp.int32(0),
-            beams=beams,
-            open=np.ones((1, 1, count), bool),
-            room=np.full((1, 1), sampler.chunk_bytes),
-            memory=None,
-        )
-        chunk, _ = sampler(None, prompt_keys(0, ["0"]), frontier)
-        [asked] = server.requests
-    assert asked["prompt"] == "x" + answer.decode()
-    found = []
-    for b in range(count):
-        ids = chunk.tokens[0, 0, b, : chunk.lengths[0, 0, b]].tolist()
-        found.append((bytes_text(ids), END in ids, bool(chunk.ended[0, 0, b])))
-    return found
-
-
-def test_a_chunk_keeps_the_whole_characters_that_it_has_room_for():
-    """Nine bytes for two tokens, the last of them for the end."""
-    replies = [
-        ("12345678", "stop"),
-        ("123456789", "length"),
-        ("1234567890", "length"),
-        ("123456789", "stop"),
-        ("1234567é!", "length"),
-        ("12345678é", "length"),
-        ("123456😀!", "stop"),
-    ]
-    assert chunk_of(replies, chunk_length=2, bytes_per_token=4) == [
-        ("12345678", True, True),
-        ("123456789", False, False),
-        ("123456789", False, False),
-        ("123456789", False, False),
-        ("1234567é", False, False),
-        ("12345678", False, False),
-        ("123456", False, False),
-    ]
-
-
 def test_answers_are_whole_where_chunks_have_too_little_room():
     """Every chunk goes on where the one before was cut."""
     model = TextModel(end_weight=0.2)
@@ -434,27 +367,6 @@ def test_answers_are_whole_where_chunks_have_too_little_room():
 
 def fit(text, room=49):
     return text.encode()[:room].decode(errors="ignore")
-
-
-def test_stop_strings_end_a_chunk_where_they_end():
-    replies = [
-        ("a--b", "length"),
-        ("-b", "length"),
-        ("b-", "length"),
-        ("-a-", "stop"),
-        ("<>", "stop"),
-    ]
-    found = chunk_of(replies, answer=b"x-", stop_strings=["--", "<>"])
-    assert found == [
-        ("a--", False, True),
-        ("-", False, True),
-        ("b-", False, False),
-        ("-", False, True),
-        ("<>", False, True),
-    ]
-
-
-# Prompts and settings.
 
 
 def test_conversations_are_rendered_with_the_chat_template(server):

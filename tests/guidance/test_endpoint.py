@@ -21,12 +21,6 @@ from tests.guidance.completions_server import (
 pytestmark = pytest.mark.needs("openai")
 
 
-@pytest.fixture
-def server():
-    with CompletionsServer(serve(TextModel())) as running:
-        yield running
-
-
 def request(text="x", count=2, max_tokens=4):
     return Request(text, count, max_tokens, seed=7)
 
