@@ -1,9 +1,10 @@
-"""Pallas kernels for TPU and GPU, each with a reference in plain XLA.
+"""Pallas kernels for TPU and GPU, and one in C++ for CPUs, each with a reference in plain XLA.
 
 Nothing here imports from `iro_jax`, which may import it.
 """
 
 from kernels.dispatch import Implementation
+from kernels.matmul import matmul
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention_parts import Part
 from kernels.sampling import fused_draw
@@ -14,5 +15,6 @@ __all__ = [
     "Implementation",
     "Part",
     "fused_draw",
+    "matmul",
     "prefix_attention",
 ]

@@ -68,7 +68,9 @@ class Projection(nnx.Module):
         rows = x.reshape(math.prod(batch), math.prod(self.inputs))
         kernel = self.kernel[...].astype(x.dtype)
         if automatic_mesh() is None:
-            y = rows @ kernel.reshape(rows.shape[-1], math.prod(self.outputs))
+            from kernels import matmul  # Pallas, beside it, takes a third of a second to import
+
+            y = matmul(rows, kernel.reshape(rows.shape[-1], math.prod(self.outputs)))
             y = y.reshape(*batch, *self.outputs)
         else:
             # A reshape that hides by which axis a kernel is split would have all of it gathered.

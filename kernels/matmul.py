@@ -1,0 +1,57 @@
+"""The product of activations with a weight matrix, by a kernel of our own on CPUs.
+
+XLA's products of a decode step's few rows with a weight matrix, and those of a value network's
+many, take a quarter more time on a CPU than they need to; `matmul_cpu.cc` says what is done
+instead. Every row's result is the same whatever rows stand beside it. The kernel is compiled for
+the processor at hand when it is first needed; see `kernels.native`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+from jaxtyping import Array, Float
+
+from kernels import native
+
+FEWEST_ROWS = 8
+"""Fewer are left to XLA, whose products of single rows copy nothing."""
+
+
+def matmul(x: Float[Array, "M K"], w: Float[Array, "K N"]) -> Float[Array, "M N"]:
+    """`x @ w`.
+
+    The kernel takes it where the program is lowered for one CPU device, both are f32, and there
+    are `FEWEST_ROWS` rows; XLA takes it elsewhere, and takes its derivatives everywhere.
+    """
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
+        raise ValueError(f"x and w must be [M, K] and [K, N]. Got: {x.shape} and {w.shape}")
+    suits = x.dtype == w.dtype == jnp.float32 and x.shape[0] >= FEWEST_ROWS
+    if suits and _on_one_device() and jax.default_backend() == "cpu" and native.available():
+        return _product(x, w)
+    return x @ w
+
+
+def _on_one_device() -> bool:
+    """Whether XLA need not split the product, which it cannot look into, over a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size <= 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
+
+
+@jax.custom_jvp
+@jax.jit  # lowered once for all layers
+def _product(x, w):
+    return lax.platform_dependent(x, w, cpu=_on_cpu, default=jnp.matmul)
+
+
+@_product.defjvp
+def _tangent(primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return _product(x, w), dx @ w + x @ dw
+
+
+def _on_cpu(x, w):
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
+    return jax.ffi.ffi_call(native.MATMUL, shape, vmap_method="sequential")(x, w)
