@@ -77,7 +77,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["iro_jax*", "kernels*", "experiments*", "configs*"]),
-    package_data={"experiments": ["report/*.html"], "kernels": ["*.cc"]},
+    package_data={"experiments": ["report/*.html"], "kernels": ["cpu/*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
 )

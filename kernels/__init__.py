@@ -1,4 +1,4 @@
-"""Pallas kernels for TPU and GPU, and one in C++ for CPUs, each with a reference in plain XLA.
+"""Pallas kernels for TPU and GPU and C++ ones for CPUs, each with a reference in plain XLA.
 
 Nothing here imports from `iro_jax`, which may import it.
 """

@@ -1,8 +1,8 @@
 """The product of activations with a weight matrix, by a kernel of our own on CPUs.
 
 XLA's products of a decode step's few rows with a weight matrix, and those of a value network's
-many, take a quarter more time on a CPU than they need to; `matmul_cpu.cc` says what is done
-instead. Every row's result is the same whatever rows stand beside it. The kernel is compiled for
+many, take a quarter more time on a CPU than they need to; `cpu/matmul.cc` says what is
+done instead. Every row's result is the same whatever rows stand beside it. The kernel is compiled for
 the processor at hand when it is first needed; see `kernels.native`.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from kernels import native
@@ -28,16 +27,9 @@ def matmul(x: Float[Array, "M K"], w: Float[Array, "K N"]) -> Float[Array, "M N"
     """
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(f"x and w must be [M, K] and [K, N]. Got: {x.shape} and {w.shape}")
-    suits = x.dtype == w.dtype == jnp.float32 and x.shape[0] >= FEWEST_ROWS
-    if suits and _on_one_device() and jax.default_backend() == "cpu" and native.available():
+    if x.shape[0] >= FEWEST_ROWS and native.takes(x, w):
         return _product(x, w)
     return x @ w
-
-
-def _on_one_device() -> bool:
-    """Whether XLA need not split the product, which it cannot look into, over a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size <= 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 @jax.custom_jvp

@@ -1,8 +1,8 @@
-"""Kernels in C++, compiled for the processor at hand and registered with XLA.
+"""Kernels in C++ (`cpu/`), compiled for the processor at hand and registered with XLA.
 
 They are compiled when they are first needed, which takes some seconds, and kept in
-`$XDG_CACHE_HOME/iro_jax/native` (`~/.cache` by default), one library for each processor, version
-of JAX, and source. This needs a C++ compiler: `$CXX`, `g++` or `clang++`. Without one, or with
+`$XDG_CACHE_HOME/iro_jax/native` (`~/.cache` by default), one library for each kind of processor,
+version of JAX, and source. This needs a C++ compiler: `$CXX`, `g++` or `clang++`. Without one, or with
 `IRO_JAX_NATIVE=0` in the environment, XLA computes everything, with equal results up to rounding.
 """
 
@@ -19,13 +19,17 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 from absl import logging
+from jax.sharding import AxisType
+from jaxtyping import Array
 
-MATMUL = "iro_jax_matmul"
-"""The name under which XLA knows the product."""
+MATMUL, ATTEND = "iro_jax_matmul", "iro_jax_attend"
+"""The names under which XLA knows them."""
 
-_SOURCE = Path(__file__).parent / "matmul_cpu.cc"
+_SYMBOLS = {MATMUL: "IroMatmul", ATTEND: "IroAttend"}
+_FOLDER = Path(__file__).parent / "cpu"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 _COMPILERS = ("g++", "clang++")
 
@@ -41,12 +45,23 @@ def available() -> bool:
     try:
         library = _compiled()
     except (OSError, subprocess.SubprocessError) as error:
-        logging.warning("Products on this CPU are left to XLA, which is slower: %s", error)
+        logging.warning("XLA computes on this CPU what kernels would compute faster: %s", error)
         return False
-    # The library must stay loaded for as long as programs may call it: until the process ends.
-    symbol = ctypes.CDLL(str(library)).IroMatmul
-    jax.ffi.register_ffi_target(MATMUL, jax.ffi.pycapsule(symbol), platform="cpu")
+    # It stays loaded for as long as programs may call it: until the process ends.
+    loaded = ctypes.CDLL(str(library))
+    for name, symbol in _SYMBOLS.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(loaded[symbol]), platform="cpu")
     return True
+
+
+def takes(*operands: Array) -> bool:
+    """Whether kernels can compute with these: in f32, on one device, on this machine's CPU."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # XLA cannot look into a kernel, and so cannot split it over a mesh.
+    alone = mesh.size <= 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
+    if not alone or any(x.dtype != jnp.float32 for x in operands):
+        return False
+    return jax.default_backend() == "cpu" and available()
 
 
 def _compiled() -> Path:
@@ -80,10 +95,11 @@ def _compile(target: Path) -> None:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
     if compiler is None:
         raise FileNotFoundError(f"found no C++ compiler; wanted $CXX or one of {_COMPILERS}")
-    logging.info("Compiling %s for this CPU", _SOURCE.name)
-    command = [*compiler.split(), *_FLAGS, "-I", jax.ffi.include_dir()]
+    logging.info("Compiling kernels for this CPU")
+    sources = [str(path) for path in _sources() if path.suffix == ".cc"]
+    command = [*compiler.split(), *_FLAGS, "-I", jax.ffi.include_dir(), *sources]
     done = subprocess.run(
-        [*command, str(_SOURCE), "-o", str(target)], capture_output=True, text=True, timeout=300
+        [*command, "-o", str(target)], capture_output=True, text=True, timeout=600
     )
     if done.returncode:
         raise subprocess.SubprocessError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
@@ -97,4 +113,9 @@ def _identity() -> bytes:
     except OSError:
         processor = []
     parts = [jaxlib.__version__, *_FLAGS, platform.platform(), platform.processor()]
-    return "\n".join([*parts, *sorted(set(processor))]).encode() + _SOURCE.read_bytes()
+    texts = [path.read_text() for path in _sources()]
+    return "\n".join([*parts, *sorted(set(processor)), *texts]).encode()
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cc", ".h"))

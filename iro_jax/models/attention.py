@@ -218,3 +218,35 @@ def attend(
     joined = jnp.moveaxis(blocks, 0, lead)
     joined = joined.reshape(*queries.shape[:lead], count * _QUERY_BLOCK, *queries.shape[lead + 1 :])
     return lax.slice_in_dim(joined, 0, length, axis=lead)
+
+
+def attend_without_gradient(
+    queries: Float[Array, "*batch length kv_heads group head_dim"],
+    parts: Sequence[Part],
+    softcap: float | None = None,
+) -> Float[Array, "*batch length kv_heads group head_dim"]:
+    """As `attend`; on a CPU by one kernel for all parts, which has no derivatives."""
+    from kernels import native  # Pallas, beside it, takes a third of a second to import
+
+    arrays = [queries, *(x for part in parts for x in (part.keys, part.values))]
+    if softcap is not None or not native.takes(*arrays):
+        return attend(queries, parts, softcap)
+    return _attend_by_platform(queries, tuple(parts))
+
+
+@jax.jit  # traced and lowered once for all layers
+def _attend_by_platform(queries: Array, parts: tuple[Part, ...]) -> Array:
+    return lax.platform_dependent(queries, parts, cpu=_attend_on_cpu, default=attend)
+
+
+def _attend_on_cpu(queries: Array, parts: tuple[Part, ...]) -> Array:
+    from kernels.attention_cpu import Place, attend_on_cpu
+
+    def flat(x: Array, trailing: int) -> Array:
+        return x.reshape(-1, *x.shape[x.ndim - trailing :])
+
+    places = [
+        Place(flat(part.keys, 3), flat(part.values, 3), flat(part.visible, 1), part.used)
+        for part in parts
+    ]
+    return attend_on_cpu(flat(queries, 3), places).reshape(queries.shape)

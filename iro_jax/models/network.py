@@ -24,12 +24,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from iro_jax.models import rope as rope_lib
-from iro_jax.models.attention import SLOT_BLOCK, Part, attend
+from iro_jax.models.attention import SLOT_BLOCK, Part, attend, attend_without_gradient
 from iro_jax.models.cache import EMPTY, Cache, CachePart, pack, visible
 from iro_jax.models.config import TransformerConfig
 from iro_jax.models.lora import Adapters
 from iro_jax.models.sharding import RULES, Rules, tree_shardings
-from iro_jax.models.transformer import Transformer
+from iro_jax.models.transformer import AttendFn, Transformer
 
 if TYPE_CHECKING:
     from kernels import Implementation
@@ -167,7 +167,9 @@ class Network:
         chex.assert_shape(tokens, cache.prompt.positions.shape)
         positions = _positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
         module = self._module(params)
-        stream, prompt = _apply(module, tokens, positions, (), None, adapters)
+        stream, prompt = _apply(
+            module, tokens, positions, (), None, adapters, attend=attend_without_gradient
+        )
         if not every_position:
             last = jnp.argmax(positions, axis=-1)[:, None, None]
             stream = [jnp.take_along_axis(x, last, axis=1)[:, 0] for x in stream]
@@ -223,6 +225,7 @@ class Network:
             cache.chunk,
             adapters,
             before,
+            attend=attend_without_gradient,
             kernels=self.kernels,
         )
         return self._outputs(module, stream, want), dataclasses.replace(cache, chunk=chunk)
@@ -298,6 +301,7 @@ def _apply(
     before: Int[Array, "*lead"] | None = None,
     segments: Int[Array, "*lead N"] | None = None,
     remat: bool = False,
+    attend: AttendFn = attend,
     kernels: Implementation = "xla",
 ) -> tuple[list[Float[Array, "*lead N D"]], CachePart]:
     """Runs new tokens through the layers.
@@ -310,7 +314,8 @@ def _apply(
       before: the positions in `context` that are visible; all by default.
       segments: new tokens see their like alone, without a context.
       remat: layers are computed again for the gradient; the own part stays empty then.
-      kernels: what computes attention, where a kernel can.
+      attend: attends to all parts.
+      kernels: what does it for a decoded token, where a kernel can.
 
     Returns:
       The residual stream before, between and after the layers, and the own part with the new

@@ -1,0 +1,223 @@
+// Attention over keys that lie in several parts on a CPU, as an XLA custom call.
+//
+// T tokens, each with `heads` x `group` queries, attend to parts one after the other, which a
+// running softmax joins (Milakov & Gimelshein 2018; Dao et al. 2022). A part has a number of
+// places of equal size: place i holds the keys of tokens [i T / places, (i + 1) T / places).
+//
+//   task: one head of a block of tokens      Q  [tokens * group, size]    copied once
+//   for each part, place, and kColumns keys: K' [size, kColumns]          copied, transposed
+//     S = Q K',  P = exp(S - max),  O = O exp(old max - max) + P V
+//
+// A token's result does not depend on the tokens beside it.
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "tasks.h"
+#include "tiles.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace iro_jax {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Queries of one task, about.
+constexpr int64_t kQueries = 96;
+// Less than any score, and finite, so that nothing seen gives exp(0) * 0.
+constexpr float kHidden = -1e30f;
+
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
+// exp(x) for x <= 0, to a unit in the last place or two: 2^n times a polynomial on [-ln2/2, ln2/2].
+inline Vector Exp(Vector x) {
+  x = x < -87.0f ? Vector{} - 87.0f : x;
+  const Vector magic = Vector{} + 12582912.0f;  // rounds what is added to it
+  const Vector n = (x * 1.44269504f + magic) - magic;
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector p = Vector{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+  return p * reinterpret_cast<const Vector&>(power);
+}
+
+inline float Largest(Vector x) {
+  float found = x[0];
+  for (int i = 1; i < kLanes; ++i) found = std::max(found, x[i]);
+  return found;
+}
+
+inline float Sum(Vector x) {
+  float found = 0;
+  for (int i = 0; i < kLanes; ++i) found += x[i];
+  return found;
+}
+
+struct Part {
+  const float *keys, *values;  // [places, heads, slots, size]
+  const uint8_t* visible;      // [T, slots]
+  int64_t places, slots, used;
+};
+
+struct Attention {
+  const float* queries;  // [T, heads, group, size]
+  float* out;
+  int64_t tokens, heads, group, size;
+  std::vector<Part> parts;
+
+  // Room that a thread needs for one task.
+  struct Scratch {
+    std::vector<float> queries, sums, keys, values, scores, maximum, total;
+  };
+
+  // Numbers of a row of O: whole vectors.
+  int64_t Width() const { return Parts(size, kLanes) * kLanes; }
+
+  void Block(int64_t first, int64_t last, int64_t head) const {
+    static thread_local Scratch s;
+    const int64_t rows = (last - first) * group, width = Width();
+    s.queries.resize(rows * size);
+    s.sums.assign(rows * width, 0.0f);
+    s.keys.resize(size * kColumns);
+    s.values.resize(kColumns * width);
+    s.scores.resize(rows * kColumns);
+    s.maximum.assign(rows, kHidden);
+    s.total.assign(rows, 0.0f);
+    for (int64_t t = first; t < last; ++t)
+      std::copy_n(queries + (t * heads + head) * group * size, group * size,
+                  s.queries.data() + (t - first) * group * size);
+    for (const Part& part : parts) {
+      const int64_t each = tokens / part.places;
+      for (int64_t t = first, end; t < last; t = end) {
+        end = std::min(last, (t / each + 1) * each);
+        for (int64_t slot = 0; slot < part.used; slot += kColumns)
+          Attend(part, (t / each * heads + head) * part.slots + slot, slot, t, end, first, s);
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const float scale = 1.0f / std::max(s.total[row], 1e-37f);
+      float* to = out + ((first + row / group) * heads + head) * group * size + row % group * size;
+      for (int64_t d = 0; d < size; ++d) to[d] = s.sums[row * width + d] * scale;
+    }
+  }
+
+  // From tokens [t, end) to the slots of one place from `slot` on, whose keys begin at row `place`.
+  void Attend(const Part& part, int64_t place, int64_t slot, int64_t t, int64_t end, int64_t first,
+              Scratch& s) const {
+    const int64_t count = std::min(kColumns, part.used - slot), width = Width();
+    const uint8_t* seen = part.visible + t * part.slots + slot;
+    bool any = false;
+    for (int64_t i = 0; i < end - t && !any; ++i)
+      any = std::any_of(seen + i * part.slots, seen + i * part.slots + count,
+                        [](uint8_t x) { return x != 0; });
+    if (!any) return;
+
+    const float* keys = part.keys + place * size;
+    for (int64_t d = 0; d < size; ++d) {
+      float* to = s.keys.data() + d * kColumns;
+      for (int64_t j = 0; j < count; ++j) to[j] = keys[j * size + d];
+      std::fill(to + count, to + kColumns, 0.0f);
+    }
+    const float* values = part.values + place * size;
+    if (width != size) {
+      for (int64_t j = 0; j < count; ++j)
+        std::fill(std::copy_n(values + j * size, size, s.values.data() + j * width),
+                  s.values.data() + (j + 1) * width, 0.0f);
+      values = s.values.data();
+    }
+
+    const int64_t row = (t - first) * group, rows = (end - t) * group;
+    float* scores = s.scores.data() + row * kColumns;
+    float* sums = s.sums.data() + row * width;
+    Tiles<kRows, kVectors>(rows, s.queries.data() + row * size, size, s.keys.data(), kColumns, size,
+                           scores, kColumns, false);
+    for (int64_t i = 0; i < end - t; ++i) {
+      alignas(64) uint8_t bytes[kColumns] = {};
+      std::copy_n(seen + i * part.slots, count, bytes);
+      Integers mask[kVectors];
+      for (int v = 0; v < kVectors; ++v)
+        mask[v] = __builtin_convertvector(*reinterpret_cast<const Bytes*>(bytes + v * kLanes),
+                                          Integers) != 0;
+      for (int64_t r = i * group; r < (i + 1) * group; ++r)
+        Weigh(scores + r * kColumns, mask, sums + r * width, s.maximum[row + r], s.total[row + r]);
+    }
+    int64_t d = 0;
+    for (; d + kWide * kLanes <= width; d += kWide * kLanes)
+      Tiles<kWideRows, kWide>(rows, scores, kColumns, values + d, width, count, sums + d, width,
+                              true);
+    for (; d < width; d += kLanes)
+      Tiles<kRows, 1>(rows, scores, kColumns, values + d, width, count, sums + d, width, true);
+  }
+
+  // Scores become weights relative to the largest so far; what was summed up follows it.
+  void Weigh(float* scores, const Integers* mask, float* sums, float& maximum, float& total) const {
+    Vector most = Vector{} + maximum;
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector x = mask[v] ? At(scores + v * kLanes) : Vector{} + kHidden;
+      most = x > most ? x : most;
+    }
+    const float largest = Largest(most);
+    if (largest > maximum) {
+      const Vector change = Exp(Vector{} + (maximum - largest));
+      for (int64_t d = 0; d < Width(); d += kLanes) At(sums + d) *= change;
+      total *= change[0];
+      maximum = largest;
+    }
+    Vector weights{};
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector weight = mask[v] ? Exp(At(scores + v * kLanes) - largest) : Vector{};
+      At(scores + v * kLanes) = weight;
+      weights += weight;
+    }
+    total += Sum(weights);
+  }
+};
+
+// After the queries: keys, values, what is visible, and how many slots are used, of each part.
+ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> queries, ffi::RemainingArgs rest,
+                  ffi::Result<ffi::BufferR4<ffi::F32>> out) {
+  const auto shape = queries.dimensions();
+  auto attention = std::make_shared<Attention>();
+  *attention = {queries.typed_data(), out->typed_data(), shape[0], shape[1], shape[2], shape[3], {}};
+  for (size_t i = 0; i + 3 < rest.size(); i += 4) {
+    auto keys = rest.get<ffi::BufferR4<ffi::F32>>(i);
+    auto values = rest.get<ffi::BufferR4<ffi::F32>>(i + 1);
+    auto visible = rest.get<ffi::BufferR2<ffi::PRED>>(i + 2);
+    auto used = rest.get<ffi::BufferR0<ffi::S32>>(i + 3);
+    if (!keys || !values || !visible || !used)
+      return ffi::Error::InvalidArgument("a part must be f32, f32, bool and int32");
+    const auto lead = keys->dimensions();
+    if (!std::equal(lead.begin(), lead.end(), values->dimensions().begin()) || lead[0] < 1 ||
+        shape[0] % lead[0] || lead[1] != shape[1] || lead[3] != shape[3] ||
+        visible->dimensions()[0] != shape[0] || visible->dimensions()[1] != lead[2])
+      return ffi::Error::InvalidArgument("a part's shape does not fit the queries'");
+    const int64_t end = std::clamp<int64_t>(*used->typed_data(), 0, lead[2]);
+    attention->parts.push_back(
+        {keys->typed_data(), values->typed_data(),
+         reinterpret_cast<const uint8_t*>(visible->typed_data()), lead[0], lead[2], end});
+  }
+  const int64_t heads = shape[1], block = std::max<int64_t>(kQueries / shape[2], 1);
+  Run(pool, heads * Parts(shape[0], block), [=](int64_t task) {
+    const int64_t first = task / heads * block;
+    attention->Block(first, std::min(first + block, attention->tokens), task % heads);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace iro_jax
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(IroAttend, iro_jax::Attend,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR4<xla::ffi::F32>>()
+                                  .RemainingArgs()
+                                  .Ret<xla::ffi::BufferR4<xla::ffi::F32>>());

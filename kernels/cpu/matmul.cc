@@ -1,0 +1,95 @@
+// The product of activations and a weight matrix on a CPU, as an XLA custom call.
+//
+//   y[m, n] = sum_k x[m, k] * w[k, n]        f32, row-major, m at least a few rows
+//
+// The columns are cut into panels. A task copies a panel of w, which is then read from a core's
+// own cache for all rows of a block, and multiplies it in tiles:
+//
+//              kColumns
+//          +-----+-----+---
+//   kDepth |panel|     |            tasks: groups of panels x blocks of kRowBlock rows
+//          +-----+
+//
+// A row's result does not depend on the rows beside it.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "tasks.h"
+#include "tiles.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace iro_jax {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kDepth = 576;
+constexpr int64_t kRowBlock = 256;
+// Tasks that each thread should find at least, and panels of a task at most.
+constexpr int64_t kTasks = 4, kPanels = 4;
+
+// Copies w's next `depth` rows of up to kColumns columns; the missing columns are zero.
+void Pack(const float* w, int64_t w_row, int64_t depth, int64_t columns, float* panel) {
+  if (columns == kColumns) {  // by registers: a call of memmove a row takes a tenth of all time
+    for (int64_t k = 0; k < depth; ++k, w += w_row, panel += kColumns)
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) At(panel + v * kLanes) = At(w + v * kLanes);
+    return;
+  }
+  for (int64_t k = 0; k < depth; ++k, w += w_row, panel += kColumns)
+    std::fill(std::copy_n(w, columns, panel), panel + kColumns, 0.0f);
+}
+
+struct Product {
+  const float *x, *w;
+  float* y;
+  int64_t m, n, k;
+
+  void Panel(int64_t column, int64_t top) const {
+    alignas(64) static thread_local float panel[kDepth * kColumns], spare[kRowBlock * kColumns];
+    const int64_t rows = std::min(kRowBlock, m - top), columns = std::min(kColumns, n - column);
+    float *out = y + top * n + column, *c = out;
+    int64_t c_row = n;
+    if (columns < kColumns) c = spare, c_row = kColumns;  // a tile would write over the edge
+    for (int64_t from = 0; from < k; from += kDepth) {
+      const int64_t depth = std::min(kDepth, k - from);
+      Pack(w + from * n + column, n, depth, columns, panel);
+      Tiles<kRows, kVectors>(rows, x + top * k + from, k, panel, kColumns, depth, c, c_row,
+                             from > 0);
+    }
+    if (c != out)
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(c + r * c_row, columns, out + r * n);
+  }
+};
+
+ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::F32> w,
+                  ffi::Result<ffi::BufferR2<ffi::F32>> y) {
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[1];
+  if (w.dimensions()[0] != k || y->dimensions()[0] != m || y->dimensions()[1] != n)
+    return ffi::Error::InvalidArgument("x, w and y must be [m, k], [k, n] and [m, n]");
+  if (k == 0) {
+    std::fill_n(y->typed_data(), m * n, 0.0f);
+    return ffi::Error::Success();
+  }
+  const Product product{x.typed_data(), w.typed_data(), y->typed_data(), m, n, k};
+  const int64_t panels = Parts(n, kColumns);
+  const int64_t group = std::clamp<int64_t>(panels / (kTasks * Threads(pool)), 1, kPanels);
+  const int64_t groups = Parts(panels, group);
+  Run(pool, groups * Parts(m, kRowBlock), [=](int64_t task) {
+    const int64_t first = task % groups * group;
+    for (int64_t panel = first; panel < std::min(first + group, panels); ++panel)
+      product.Panel(panel * kColumns, task / groups * kRowBlock);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace iro_jax
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(IroMatmul, iro_jax::Matmul,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::BufferR2<xla::ffi::F32>>());

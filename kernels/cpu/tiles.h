@@ -1,0 +1,73 @@
+// Products of small matrices whose sums stay in vector registers.
+
+#ifndef IRO_JAX_KERNELS_CPU_TILES_H_
+#define IRO_JAX_KERNELS_CPU_TILES_H_
+
+#include <algorithm>
+#include <cstdint>
+
+namespace iro_jax {
+
+// Lanes of a vector, and the tiles that fit into its registers: rows x vectors sums, a row of the
+// other factor, and one number of the first.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 8, kWideRows = 6, kWide = 4;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRows = 8, kWideRows = 6, kWide = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRows = 4, kWideRows = 4, kWide = 2;
+#else
+constexpr int kLanes = 4, kRows = 4, kWideRows = 4, kWide = 2;
+#endif
+constexpr int kVectors = 3;
+constexpr int64_t kColumns = kVectors * kLanes;
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+inline const Vector& At(const float* x) { return *reinterpret_cast<const Vector*>(x); }
+inline Vector& At(float* x) { return *reinterpret_cast<Vector*>(x); }
+
+constexpr int64_t Parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+// c = a b, or c += a b, for R rows of `depth` numbers of a and V vectors of columns of b. The
+// numbers after `_row` are the distances between rows.
+template <int R, int V>
+inline __attribute__((always_inline)) void Tile(const float* a, int64_t a_row, const float* b,
+                                                int64_t b_row, int64_t depth, float* c,
+                                                int64_t c_row, bool add) {
+  Vector sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = add ? At(c + r * c_row + v * kLanes) : Vector{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector row[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) row[v] = At(b + k * b_row + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vector factor = a[r * a_row + k] - Vector{};
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) At(c + r * c_row + v * kLanes) = sum[r][v];
+}
+
+// The tiles of `rows` rows: whole ones, then what is left. Every sum is taken in the order of
+// `depth`, whatever stands beside it.
+template <int R, int V>
+void Tiles(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row,
+           int64_t depth, float* c, int64_t c_row, bool add) {
+  for (; rows >= R; rows -= R, a += R * a_row, c += R * c_row)
+    Tile<R, V>(a, a_row, b, b_row, depth, c, c_row, add);
+  if constexpr (R > 1)
+    if (rows > 0) Tiles<R - 1, V>(rows, a, a_row, b, b_row, depth, c, c_row, add);
+}
+
+}  // namespace iro_jax
+
+#endif
