@@ -11,13 +11,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import native
 
 
 class Place(NamedTuple):
-    """One part: `places` caches of equal size, each of as many neighbouring tokens.
+    """One part: caches of equal size, each of as many neighbouring tokens.
+
+    Axes of size one may be left out of keys and values, and several stand for `places` and `T`.
 
     Attributes:
       keys, values: of the part.
@@ -25,24 +28,34 @@ class Place(NamedTuple):
       used: how many slots, from the left, may be visible to anybody; None for all.
     """
 
-    keys: Float[Array, "places heads slots size"]
-    values: Float[Array, "places heads slots size"]
-    visible: Bool[Array, "T slots"]
+    keys: Float[Array, "*places_and_heads slots size"]
+    values: Float[Array, "*places_and_heads slots size"]
+    visible: Bool[Array, "*T slots"]
     used: Int[Array, ""] | None = None
 
 
 def attend_on_cpu(
-    queries: Float[Array, "T heads group size"], parts: Sequence[Place]
-) -> Float[Array, "T heads group size"]:
+    queries: Float[Array, "*T heads group size"], parts: Sequence[Place]
+) -> Float[Array, "*T heads group size"]:
     """Attends from scaled queries to all parts together.
 
     A query that sees nothing gets zeros. For programs that are lowered for a CPU, where
     `native.takes` the queries, keys and values; has no derivatives.
     """
+    slots = [part.keys.shape[-2] for part in parts]
     operands = [
         operand
-        for keys, values, visible, used in parts
-        for operand in (keys, values, visible, jnp.int32(keys.shape[2]) if used is None else used)
+        for part, all_slots in zip(parts, slots, strict=True)
+        for operand in (*part[:3], jnp.int32(all_slots) if part.used is None else part.used)
     ]
-    shape = jax.ShapeDtypeStruct(queries.shape, queries.dtype)
-    return jax.ffi.ffi_call(native.ATTEND, shape, vmap_method="sequential")(queries, *operands)
+    call = jax.ffi.ffi_call(
+        native.ATTEND,
+        jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        vmap_method="sequential",
+    )
+    return call(
+        queries,
+        *operands,
+        shape=np.asarray(queries.shape[-3:], np.int64),
+        slots=np.asarray(slots, np.int64),
+    )

@@ -72,7 +72,9 @@ def _compiled() -> Path:
       subprocess.SubprocessError: the compiler failed.
     """
     name = f"{hashlib.sha256(_identity()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "iro_jax" / "native"
+    folder = (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "iro_jax" / "native"
+    )
     if (folder / name).exists():
         return folder / name
     try:

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from iro_jax.models.cache import pack
+
 # Finite, so that an empty part yields exp(0) * 0 rather than exp(-inf + inf).
 _HIDDEN = -1e30
 
@@ -242,11 +244,6 @@ def _attend_by_platform(queries: Array, parts: tuple[Part, ...]) -> Array:
 def _attend_on_cpu(queries: Array, parts: tuple[Part, ...]) -> Array:
     from kernels.attention_cpu import Place, attend_on_cpu
 
-    def flat(x: Array, trailing: int) -> Array:
-        return x.reshape(-1, *x.shape[x.ndim - trailing :])
-
-    places = [
-        Place(flat(part.keys, 3), flat(part.values, 3), flat(part.visible, 1), part.used)
-        for part in parts
-    ]
-    return attend_on_cpu(flat(queries, 3), places).reshape(queries.shape)
+    # Packed as a cache stores them, nothing stands between an update of a cache and its reading.
+    places = [Place(pack(part.keys), pack(part.values), part.visible, part.used) for part in parts]
+    return attend_on_cpu(queries, places)

@@ -49,16 +49,53 @@ inline Vector Exp(Vector x) {
   return p * reinterpret_cast<const Vector&>(power);
 }
 
-inline float Largest(Vector x) {
-  float found = x[0];
-  for (int i = 1; i < kLanes; ++i) found = std::max(found, x[i]);
-  return found;
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+// Four neighbouring lanes.
+inline Quad Lanes(const Vector& x, int first) {
+  return *reinterpret_cast<const Quad*>(reinterpret_cast<const float*>(&x) + first);
 }
 
-inline float Sum(Vector x) {
-  float found = 0;
-  for (int i = 0; i < kLanes; ++i) found += x[i];
-  return found;
+inline float Largest(const Vector& x) {
+  Quad found = Lanes(x, 0);
+  for (int i = 4; i < kLanes; i += 4) found = Lanes(x, i) > found ? Lanes(x, i) : found;
+  return std::max(std::max(found[0], found[1]), std::max(found[2], found[3]));
+}
+
+inline float Sum(const Vector& x) {
+  Quad found = Lanes(x, 0);
+  for (int i = 4; i < kLanes; i += 4) found += Lanes(x, i);
+  return (found[0] + found[1]) + (found[2] + found[3]);
+}
+
+// to[c * kColumns + r] = from[r * columns + c], in squares of four where there are shuffles.
+void Transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+  int64_t r = 0;
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+  for (; r + 4 <= rows; r += 4) {
+    const float* x = from + r * columns;
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      Quad row[4];
+      for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const Quad*>(x + i * columns + c);
+      const Quad low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+      const Quad low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+      const Quad high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+      const Quad high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+      row[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+      row[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+      row[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+      row[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+      for (int i = 0; i < 4; ++i) *reinterpret_cast<Quad*>(to + (c + i) * kColumns + r) = row[i];
+    }
+    for (; c < columns; ++c)
+      for (int i = 0; i < 4; ++i) to[c * kColumns + r + i] = x[i * columns + c];
+  }
+#endif
+#endif
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[c * kColumns + r] = from[r * columns + c];
 }
 
 struct Part {
@@ -120,12 +157,12 @@ struct Attention {
                         [](uint8_t x) { return x != 0; });
     if (!any) return;
 
-    const float* keys = part.keys + place * size;
-    for (int64_t d = 0; d < size; ++d) {
-      float* to = s.keys.data() + d * kColumns;
-      for (int64_t j = 0; j < count; ++j) to[j] = keys[j * size + d];
-      std::fill(to + count, to + kColumns, 0.0f);
-    }
+    const int vectors = Parts(count, kLanes);
+    Transpose(part.keys + place * size, count, size, s.keys.data());
+    if (count < vectors * kLanes)
+      for (int64_t d = 0; d < size; ++d)
+        std::fill(s.keys.data() + d * kColumns + count,
+                  s.keys.data() + d * kColumns + vectors * kLanes, 0.0f);
     const float* values = part.values + place * size;
     if (width != size) {
       for (int64_t j = 0; j < count; ++j)
@@ -137,17 +174,21 @@ struct Attention {
     const int64_t row = (t - first) * group, rows = (end - t) * group;
     float* scores = s.scores.data() + row * kColumns;
     float* sums = s.sums.data() + row * width;
-    Tiles<kRows, kVectors>(rows, s.queries.data() + row * size, size, s.keys.data(), kColumns, size,
-                           scores, kColumns, false);
+    const auto tiles = vectors == 1   ? Tiles<kRows, 1>
+                       : vectors == 2 ? Tiles<kRows, 2>
+                                      : Tiles<kRows, kVectors>;
+    tiles(rows, s.queries.data() + row * size, size, s.keys.data(), kColumns, size, scores,
+          kColumns, false);
     for (int64_t i = 0; i < end - t; ++i) {
-      alignas(64) uint8_t bytes[kColumns] = {};
+      uint8_t bytes[kColumns] = {};
       std::copy_n(seen + i * part.slots, count, bytes);
       Integers mask[kVectors];
-      for (int v = 0; v < kVectors; ++v)
+      for (int v = 0; v < vectors; ++v)
         mask[v] = __builtin_convertvector(*reinterpret_cast<const Bytes*>(bytes + v * kLanes),
                                           Integers) != 0;
       for (int64_t r = i * group; r < (i + 1) * group; ++r)
-        Weigh(scores + r * kColumns, mask, sums + r * width, s.maximum[row + r], s.total[row + r]);
+        Weigh(scores + r * kColumns, vectors, mask, sums + r * width, s.maximum[row + r],
+              s.total[row + r]);
     }
     int64_t d = 0;
     for (; d + kWide * kLanes <= width; d += kWide * kLanes)
@@ -158,9 +199,10 @@ struct Attention {
   }
 
   // Scores become weights relative to the largest so far; what was summed up follows it.
-  void Weigh(float* scores, const Integers* mask, float* sums, float& maximum, float& total) const {
+  void Weigh(float* scores, int vectors, const Integers* mask, float* sums, float& maximum,
+             float& total) const {
     Vector most = Vector{} + maximum;
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       const Vector x = mask[v] ? At(scores + v * kLanes) : Vector{} + kHidden;
       most = x > most ? x : most;
     }
@@ -172,7 +214,7 @@ struct Attention {
       maximum = largest;
     }
     Vector weights{};
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       const Vector weight = mask[v] ? Exp(At(scores + v * kLanes) - largest) : Vector{};
       At(scores + v * kLanes) = weight;
       weights += weight;
@@ -182,32 +224,42 @@ struct Attention {
 };
 
 // After the queries: keys, values, what is visible, and how many slots are used, of each part.
-ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> queries, ffi::RemainingArgs rest,
-                  ffi::Result<ffi::BufferR4<ffi::F32>> out) {
-  const auto shape = queries.dimensions();
+// Sizes come as attributes and not from shapes, so that axes of size one need not be there: XLA
+// could not update a cache in place that is read through a reshape.
+ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::RemainingArgs rest,
+                  ffi::Span<const int64_t> shape, ffi::Span<const int64_t> slots,
+                  ffi::Result<ffi::AnyBuffer> out) {
+  if (shape.size() != 3 || shape[0] < 1 || shape[1] < 1 || shape[2] < 1 ||
+      queries.element_type() != ffi::F32 || out->element_type() != ffi::F32 ||
+      out->element_count() != queries.element_count() || rest.size() != 4 * slots.size())
+    return ffi::Error::InvalidArgument("the queries do not fit what was announced");
+  const int64_t heads = shape[0], group = shape[1], size = shape[2];
+  const int64_t tokens = queries.element_count() / (heads * group * size);
   auto attention = std::make_shared<Attention>();
-  *attention = {queries.typed_data(), out->typed_data(), shape[0], shape[1], shape[2], shape[3], {}};
-  for (size_t i = 0; i + 3 < rest.size(); i += 4) {
-    auto keys = rest.get<ffi::BufferR4<ffi::F32>>(i);
-    auto values = rest.get<ffi::BufferR4<ffi::F32>>(i + 1);
-    auto visible = rest.get<ffi::BufferR2<ffi::PRED>>(i + 2);
-    auto used = rest.get<ffi::BufferR0<ffi::S32>>(i + 3);
-    if (!keys || !values || !visible || !used)
+  *attention = {queries.typed_data<float>(), out->typed_data<float>(), tokens, heads, group, size,
+                {}};
+  for (size_t i = 0; i < slots.size(); ++i) {
+    auto keys = rest.get<ffi::AnyBuffer>(4 * i), values = rest.get<ffi::AnyBuffer>(4 * i + 1);
+    auto visible = rest.get<ffi::AnyBuffer>(4 * i + 2), used = rest.get<ffi::AnyBuffer>(4 * i + 3);
+    if (!keys || !values || !visible || !used || keys->element_type() != ffi::F32 ||
+        values->element_type() != ffi::F32 || visible->element_type() != ffi::PRED ||
+        used->element_type() != ffi::S32 || used->element_count() != 1)
       return ffi::Error::InvalidArgument("a part must be f32, f32, bool and int32");
-    const auto lead = keys->dimensions();
-    if (!std::equal(lead.begin(), lead.end(), values->dimensions().begin()) || lead[0] < 1 ||
-        shape[0] % lead[0] || lead[1] != shape[1] || lead[3] != shape[3] ||
-        visible->dimensions()[0] != shape[0] || visible->dimensions()[1] != lead[2])
+    const int64_t held = keys->element_count(), place = heads * slots[i] * size;
+    const int64_t places = place > 0 ? held / place : 0;
+    if (places < 1 || held != places * place || tokens % places ||
+        static_cast<int64_t>(values->element_count()) != held ||
+        static_cast<int64_t>(visible->element_count()) != tokens * slots[i])
       return ffi::Error::InvalidArgument("a part's shape does not fit the queries'");
-    const int64_t end = std::clamp<int64_t>(*used->typed_data(), 0, lead[2]);
     attention->parts.push_back(
-        {keys->typed_data(), values->typed_data(),
-         reinterpret_cast<const uint8_t*>(visible->typed_data()), lead[0], lead[2], end});
+        {keys->typed_data<float>(), values->typed_data<float>(),
+         reinterpret_cast<const uint8_t*>(visible->typed_data<bool>()), places, slots[i],
+         std::clamp<int64_t>(*used->typed_data<int32_t>(), 0, slots[i])});
   }
-  const int64_t heads = shape[1], block = std::max<int64_t>(kQueries / shape[2], 1);
-  Run(pool, heads * Parts(shape[0], block), [=](int64_t task) {
+  const int64_t block = std::max<int64_t>(kQueries / group, 1);
+  Run(pool, heads * Parts(tokens, block), [=](int64_t task) {
     const int64_t first = task / heads * block;
-    attention->Block(first, std::min(first + block, attention->tokens), task % heads);
+    attention->Block(first, std::min(first + block, tokens), task % heads);
   });
   return ffi::Error::Success();
 }
@@ -218,6 +270,8 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> queries, ffi::Re
 XLA_FFI_DEFINE_HANDLER_SYMBOL(IroAttend, iro_jax::Attend,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::BufferR4<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
-                                  .Ret<xla::ffi::BufferR4<xla::ffi::F32>>());
+                                  .Attr<xla::ffi::Span<const int64_t>>("shape")
+                                  .Attr<xla::ffi::Span<const int64_t>>("slots")
+                                  .Ret<xla::ffi::AnyBuffer>());

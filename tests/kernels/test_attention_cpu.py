@@ -67,7 +67,9 @@ def test_it_is_attention(tokens, heads, group, size, parts, scale):
     queries, places = case(np.random.default_rng(0), tokens, heads, group, size, parts, scale)
     found = jax.jit(attend_on_cpu)(queries, places)
     # Rounded scores: so many units in the last place of the sum of their terms' sizes.
-    terms = max(np.max(np.abs(queries).max(2).max(0).sum(-1)) * np.abs(p.keys).max() for p in places)
+    terms = max(
+        np.max(np.abs(queries).max(2).max(0).sum(-1)) * np.abs(p.keys).max() for p in places
+    )
     np.testing.assert_allclose(found, exactly(queries, places), atol=1e-5 + 2**-24 * terms)
 
 
@@ -104,7 +106,9 @@ def test_parts_of_a_search(length):
     def part(*places, slots, used=None):
         shape = (*places, heads, slots, size)
         visible = rng.random((*lead, length, slots)) < 0.7
-        return Part(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in "kv"), visible, used)
+        return Part(
+            *(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in "kv"), visible, used
+        )
 
     queries = jnp.asarray(rng.normal(size=(*lead, length, heads, group, size)), jnp.float32)
     parts = [part(2, slots=70), part(2, 3, slots=65, used=jnp.int32(40)), part(*lead, slots=length)]
@@ -114,9 +118,12 @@ def test_parts_of_a_search(length):
     assert f"@{native.ATTEND}" in program.lower(queries, parts).as_text()
     np.testing.assert_allclose(program(queries, parts), attend(queries, parts), atol=1e-5)
     # A soft cap is XLA's, and so is bf16.
-    assert f"@{native.ATTEND}" not in jax.jit(
-        lambda q, p: attend_without_gradient(q, p, 30.0)
-    ).lower(queries, parts).as_text()
+    assert (
+        f"@{native.ATTEND}"
+        not in jax.jit(lambda q, p: attend_without_gradient(q, p, 30.0))
+        .lower(queries, parts)
+        .as_text()
+    )
     half = queries.astype(jnp.bfloat16)
     assert f"@{native.ATTEND}" not in program.lower(half, parts).as_text()
 

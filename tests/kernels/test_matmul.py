@@ -25,7 +25,15 @@ def operands(m, k, n, seed=0):
 @compiled
 @pytest.mark.parametrize(
     "shape",
-    [(8, 1, 1), (9, 5, 47), (15, 576, 48), (64, 577, 49), (300, 1200, 1001), (513, 33, 200), (8, 0, 3)],
+    [
+        (8, 1, 1),
+        (9, 5, 47),
+        (15, 576, 48),
+        (64, 577, 49),
+        (300, 1200, 1001),
+        (513, 33, 200),
+        (8, 0, 3),
+    ],
 )
 def test_it_is_the_product(shape):
     x, w = operands(*shape)
@@ -93,7 +101,12 @@ print(float(matmul(jnp.ones((8, 3)), jnp.ones((3, 5))).sum()), native.available(
 
 
 def run(tmp_path, **variables):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path), **variables}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XDG_CACHE_HOME": str(tmp_path),
+        **variables,
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
     )
