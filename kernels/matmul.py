@@ -1,9 +1,8 @@
 """The product of activations with a weight matrix, by a kernel of our own on CPUs.
 
 XLA's products of a decode step's few rows with a weight matrix, and those of a value network's
-many, take a quarter more time on a CPU than they need to; `cpu/matmul.cc` says what is
-done instead. Every row's result is the same whatever rows stand beside it. The kernel is compiled for
-the processor at hand when it is first needed; see `kernels.native`.
+many, take up to a quarter more time on a CPU than they need to; `cpu/matmul.cc` says what is done
+instead. Every row's result is the same whatever rows stand beside it.
 """
 
 from __future__ import annotations
