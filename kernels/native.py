@@ -2,8 +2,9 @@
 
 They are compiled when they are first needed, which takes some seconds, and kept in
 `$XDG_CACHE_HOME/iro_jax/native` (`~/.cache` by default), one library for each kind of processor,
-version of JAX, and source. This needs a C++ compiler: `$CXX`, `g++` or `clang++`. Without one, or with
-`IRO_JAX_NATIVE=0` in the environment, XLA computes everything, with equal results up to rounding.
+version of JAX, and source. This needs a C++ compiler: `$CXX`, `g++` or `clang++`. Without one, or
+with `IRO_JAX_NATIVE=0` in the environment, XLA computes everything, with equal results up to
+rounding.
 """
 
 from __future__ import annotations
