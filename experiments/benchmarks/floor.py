@@ -7,6 +7,8 @@ same kernels, as often as a step or a search does. What they compute means nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -15,16 +17,18 @@ from iro_jax.models import Params
 from kernels import matmul
 
 
-def layer_matmuls(params: Params, x: Float[Array, "rows D"]) -> Float[Array, "rows D"]:
+def layer_matmuls(
+    params: Params, x: Float[Array, "rows D"], product: Callable[[Array, Array], Array] = matmul
+) -> Float[Array, "rows D"]:
     """The products of all layers, for every row."""
     layers = [params["layers"][index] for index in params["layers"]]
     for layer in layers:
         for room, first, second in (("attention", "qkv", "output"), ("mlp", "up", "down")):
             kernel = layer[room][first]["kernel"].get_value()
-            hidden = matmul(x, kernel.reshape(x.shape[-1], -1))
+            hidden = product(x, kernel.reshape(x.shape[-1], -1))
             kernel = layer[room][second]["kernel"].get_value()
             kernel = kernel.reshape(-1, x.shape[-1])
-            x = matmul(hidden[:, : kernel.shape[0]], kernel)
+            x = product(hidden[:, : kernel.shape[0]], kernel)
     return x
 
 

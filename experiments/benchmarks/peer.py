@@ -1,8 +1,13 @@
 """Guided search as it is published: PyTorch and transformers, one prompt at a time.
 
-The policy keeps a cache, which follows the selected beams; every value function reads every
-candidate from the prompt's first token on, chunk after chunk. Value functions are networks of their
-own, as the published ones are. Only speed is looked at: heads are random, no answer ends early.
+The loop is that of the chunk-level beam search which the authors' release builds on (its decoder
+is `cbs.py` of github.com/ZHZisZZ/weak-to-strong-search): a prompt is repeated for all candidates
+and read; at every token the warpers of `transformers` and a draw go over the whole vocabulary; at
+the end of a chunk the cache follows the selected beams, and every value function reads every
+candidate from the prompt's first token on. Kinder than that one, it reads only the last token's
+logits of a prompt, and hands token ids, not text, to the value functions. These are networks of
+their own, as the published ones are. Only speed is looked at: heads are random, no answer ends
+early.
 """
 
 from __future__ import annotations
@@ -60,34 +65,35 @@ class Peer:
         top_k: int = 50,
     ) -> list[int]:
         """The answer of the highest value."""
-        size = beam_width * num_successors
-        device = self.policy.device
-        tokens = torch.tensor([list(prompt)] * size, device=device)
+        tokens = torch.tensor([list(prompt)] * (beam_width * num_successors))
+        tokens = unread = tokens.to(self.policy.device)
+        warpers = transformers.LogitsProcessorList(
+            [
+                transformers.TemperatureLogitsWarper(temperature),
+                transformers.TopKLogitsWarper(top_k),
+            ]
+        )
         cache = transformers.DynamicCache(config=self.policy.config)
-        output = self.policy(tokens[:1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(size)
-        logits = output.logits[:, -1].repeat(size, 1)
-        scores = torch.zeros(size, device=device)
-        for start in range(0, max_new_tokens, chunk_length):
-            if start:
-                kept = torch.topk(scores, beam_width).indices.repeat_interleave(num_successors)
-                tokens, logits = tokens[kept], logits[kept]
-                cache.batch_select_indices(kept)
-            for _ in range(chunk_length):
-                best, ids = torch.topk(logits.float() / temperature, top_k)
-                drawn = torch.multinomial(torch.softmax(best, dim=-1), 1)
-                tokens = torch.cat([tokens, ids.gather(1, drawn)], dim=1)
-                output = self.policy(tokens[:, -1:], past_key_values=cache, use_cache=True)
-                logits = output.logits[:, -1]
+        for drawn in range(1, max_new_tokens + 1):
+            output = self.policy(unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            warped = warpers(tokens, output.logits[:, -1].float())
+            unread = torch.multinomial(torch.softmax(warped, dim=-1), 1)
+            tokens = torch.cat([tokens, unread], dim=1)
+            if drawn % chunk_length and drawn < max_new_tokens:
+                continue
             scores = sum(
-                (self._values(tokens, head) for head in self.heads), torch.zeros_like(scores)
+                (self._values(tokens, head) for head in self.heads), torch.zeros(len(tokens))
             )
-        return tokens[int(scores.argmax()), len(prompt) :].tolist()
+            kept = torch.topk(scores, beam_width).indices.repeat_interleave(num_successors)
+            kept = kept.to(tokens.device)
+            tokens, unread = tokens[kept], unread[kept]
+            cache.batch_select_indices(kept)
+        return tokens[0, len(prompt) :].tolist()
 
     def _values(self, tokens: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """One value function reads whole sequences."""
         states = self.policy.model(tokens, use_cache=False).last_hidden_state
-        return (states[:, -1] @ head).float()
+        return (states[:, -1] @ head).float().cpu()
 
     @torch.inference_mode()
     def generate(
