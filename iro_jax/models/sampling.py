@@ -31,6 +31,8 @@ PyTree: TypeAlias = Any
 
 # Neighbours of which `top_k` first compares the largest only.
 _GROUP = 64
+# Sums over a vocabulary are taken for so many lanes first.
+_LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +330,9 @@ def _maximum(x: Array, axis: str | None) -> Float[Array, "*batch"]:
 
 def _total(x: Array, axis: str | None) -> Float[Array, "*batch"]:
     """Over the last axis, of all parts."""
+    if x.shape[-1] % _LANES == 0:
+        # XLA on CPU adds along the last axis one number after the other, and along others by lanes.
+        x = jnp.sum(x.reshape(*x.shape[:-1], -1, _LANES), axis=-2)
     found = jnp.sum(x, axis=-1)
     return found if axis is None else lax.psum(found, axis)
 
