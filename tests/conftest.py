@@ -39,6 +39,14 @@ def _forget_programs():
     gc.collect()
 
 
+@pytest.fixture
+def xla_alone(monkeypatch):
+    """No kernel of ours on CPUs: XLA counts its own work alone."""
+    from kernels import native
+
+    monkeypatch.setattr(native, "available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in f32."""

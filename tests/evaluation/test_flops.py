@@ -23,6 +23,8 @@ from iro_jax.models.lora import init_adapters
 from iro_jax.search import Chunk, Root, Scores, search
 from iro_jax.testing import tiny_config
 
+pytestmark = pytest.mark.usefixtures("xla_alone")
+
 # Wide enough that what is not a matrix product is a few percent.
 WIDE = tiny_config(embed_dim=128, mlp_dim=256, num_heads=4, head_dim=32, vocab_size=512)
 SMALL = tiny_config()

@@ -240,6 +240,7 @@ class TestFits:
         assert same(again.params, whole.params)
 
 
+@pytest.mark.usefixtures("xla_alone")
 @pytest.mark.parametrize("trainable", ["all", "adapters", "head"])
 def test_the_work_of_an_update_is_what_xla_counts(trainable):
     function = new_head(cases.model(width=512), Head())
