@@ -77,6 +77,17 @@ def test_a_mesh_is_left_to_xla(kind):
 
 
 @compiled
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_runs_by_hand_on_each_device_is_left_to_xla(devices):
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("data")
+    spread = jax.shard_map(matmul, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows)
+    x, w = operands(64, 5, 7)
+    assert CALL not in jax.jit(spread).lower(x, w).as_text()
+    np.testing.assert_allclose(jax.jit(spread)(x, w), x @ w, rtol=1e-4, atol=1e-5)
+
+
+@compiled
 def test_derivatives_and_batches():
     x, w = operands(20, 30, 40)
 
