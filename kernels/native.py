@@ -58,8 +58,8 @@ def available() -> bool:
 def takes(*operands: Array) -> bool:
     """Whether kernels can compute with these: in f32, on one device, on this machine's CPU."""
     mesh = jax.sharding.get_abstract_mesh()
-    # XLA cannot look into a kernel: it could not split it over a mesh, and inside `jax.shard_map` it
-    # does not know how the result varies.
+    # XLA cannot look into a kernel: it could not split it over a mesh, and inside `jax.shard_map`
+    # it does not know how the result varies.
     alone = mesh.size <= 1 and AxisType.Manual not in mesh.axis_types
     if not alone or any(x.dtype != jnp.float32 for x in operands):
         return False
