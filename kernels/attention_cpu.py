@@ -1,7 +1,7 @@
 """Attention over keys in several parts, by a kernel of our own on CPUs; see `cpu/attention.cc`.
 
 XLA computes each part's scores, maxima, weights and sums in loops of their own over small arrays,
-and starts all threads for each: two thirds of a decode step's time beside its products.
+and starts all threads for each.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The product of activations with a weight matrix, by a kernel of our own on CPUs.
 
 XLA's products of a decode step's few rows with a weight matrix, and those of a value network's
-many, take up to a quarter more time on a CPU than they need to; `cpu/matmul.cc` says what is done
-instead. Every row's result is the same whatever rows stand beside it.
+many, take longer on a CPU than they need to: `experiments.benchmarks.cpu_kernels` says by how
+much, and `cpu/matmul.cc` what is done instead. Every row that the kernel computes is the same
+whatever rows stand beside it.
 """
 
 from __future__ import annotations

@@ -44,12 +44,11 @@ def available() -> bool:
     if os.environ.get("IRO_JAX_NATIVE", "1") == "0":
         return False
     try:
-        library = _compiled()
+        # It stays loaded for as long as programs may call it: until the process ends.
+        loaded = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError) as error:
         logging.warning("XLA computes on this CPU what kernels would compute faster: %s", error)
         return False
-    # It stays loaded for as long as programs may call it: until the process ends.
-    loaded = ctypes.CDLL(str(library))
     for name, symbol in _SYMBOLS.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(loaded[symbol]), platform="cpu")
     return True
@@ -116,7 +115,7 @@ def _identity() -> bytes:
         processor = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
     except OSError:
         processor = []
-    parts = [jaxlib.__version__, *_FLAGS, platform.platform(), platform.processor()]
+    parts = [jaxlib.__version__, *_FLAGS, platform.system(), platform.machine()]
     texts = [path.read_text() for path in _sources()]
     return "\n".join([*parts, *sorted(set(processor)), *texts]).encode()
 

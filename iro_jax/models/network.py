@@ -73,7 +73,9 @@ class Network:
     Attributes:
       config: of the architecture.
       kernels: what computes the attention of a decoded token: `xla`, or a Pallas kernel; see
-        `kernels.Implementation`. On a mesh of several devices it is always XLA.
+        `kernels.Implementation`. On a mesh of several devices it is always XLA. On one CPU
+        device, `xla` stands for the kernels of `kernels/cpu` too, where they fit: there `prefill`
+        and `decode` have no derivatives, and `forward` has.
       rules: how its weights and caches are split over a mesh.
     """
 
