@@ -26,10 +26,10 @@ from absl import logging
 from jax.sharding import AxisType
 from jaxtyping import Array
 
-MATMUL, ATTEND = "iro_jax_matmul", "iro_jax_attend"
+MATMUL, ATTEND, ROTATE = "iro_jax_matmul", "iro_jax_attend", "iro_jax_rotate_heads"
 """The names under which XLA knows them."""
 
-_SYMBOLS = {MATMUL: "IroMatmul", ATTEND: "IroAttend"}
+_SYMBOLS = {MATMUL: "IroMatmul", ATTEND: "IroAttend", ROTATE: "IroRotateHeads"}
 _FOLDER = Path(__file__).parent / "cpu"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 _COMPILERS = ("g++", "clang++")

@@ -131,18 +131,13 @@ class Attention(nnx.Module):
         adapter: Adapter | None = None,
     ) -> tuple[Array, Array, Array]:
         """Queries `[*batch, length, kv_heads, group, H]`, keys and values in cache order."""
-        group = self.config.group_size
-        queries, keys, values = jnp.split(self.qkv(x, adapter), (group, group + 1), axis=-2)
+        projected = self.qkv(x, adapter)
         if self.query_norm is not None and self.key_norm is not None:
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
-        queries = rope_lib.rotate(queries, *rope_tables)
-        keys = rope_lib.rotate(keys, *rope_tables)
-        queries *= self.config.query_scale
-        # What is kept of a layer is computed at once. XLA would put it off until caches are written
-        # at the end of a chunk, and hold on to every layer's whole product until then.
-        kept = jax.lax.optimization_barrier(jnp.concatenate([keys, values], axis=-2))
-        keys, values = kept[..., :1, :], kept[..., 1:, :]
-        return queries, _cache_order(keys), _cache_order(values)
+            group = self.config.group_size
+            queries, keys, values = jnp.split(projected, (group, group + 1), axis=-2)
+            normed = [self.query_norm(queries), self.key_norm(keys), values]
+            projected = jnp.concatenate(normed, axis=-2)
+        return rope_lib.rotate_heads(projected, *rope_tables, scale=self.config.query_scale)
 
     def mix(
         self,
@@ -153,10 +148,6 @@ class Attention(nnx.Module):
     ) -> Array:
         attended = attend(queries, parts, self.config.attention_softcap)
         return self.output(attended.astype(queries.dtype), adapter)
-
-
-def _cache_order(x: Float[Array, "*batch length kv_heads 1 H"]) -> Array:
-    return jnp.swapaxes(x[..., 0, :], -3, -2)
 
 
 class Mlp(nnx.Module):

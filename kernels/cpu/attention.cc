@@ -17,6 +17,7 @@
 
 #include "tasks.h"
 #include "tiles.h"
+#include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace iro_jax {
@@ -28,75 +29,6 @@ namespace ffi = xla::ffi;
 constexpr int64_t kQueries = 96;
 // Less than any score, and finite, so that nothing seen gives exp(0) * 0.
 constexpr float kHidden = -1e30f;
-
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-
-// exp(x) for x <= 0, to a unit in the last place or two: 2^n times a polynomial on [-ln2/2, ln2/2].
-inline Vector Exp(Vector x) {
-  x = x < -87.0f ? Vector{} - 87.0f : x;
-  const Vector magic = Vector{} + 12582912.0f;  // rounds what is added to it
-  const Vector n = (x * 1.44269504f + magic) - magic;
-  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector p = Vector{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
-  return p * reinterpret_cast<const Vector&>(power);
-}
-
-typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
-
-// Four neighbouring lanes.
-inline Quad Lanes(const Vector& x, int first) {
-  return *reinterpret_cast<const Quad*>(reinterpret_cast<const float*>(&x) + first);
-}
-
-inline float Largest(const Vector& x) {
-  Quad found = Lanes(x, 0);
-  for (int i = 4; i < kLanes; i += 4) found = Lanes(x, i) > found ? Lanes(x, i) : found;
-  return std::max(std::max(found[0], found[1]), std::max(found[2], found[3]));
-}
-
-inline float Sum(const Vector& x) {
-  Quad found = Lanes(x, 0);
-  for (int i = 4; i < kLanes; i += 4) found += Lanes(x, i);
-  return (found[0] + found[1]) + (found[2] + found[3]);
-}
-
-// to[c * kColumns + r] = from[r * columns + c], in squares of four where there are shuffles.
-void Transpose(const float* from, int64_t rows, int64_t columns, float* to) {
-  int64_t r = 0;
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-  for (; r + 4 <= rows; r += 4) {
-    const float* x = from + r * columns;
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      Quad row[4];
-      for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const Quad*>(x + i * columns + c);
-      const Quad low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-      const Quad low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-      const Quad high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-      const Quad high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-      row[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
-      row[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
-      row[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
-      row[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
-      for (int i = 0; i < 4; ++i) *reinterpret_cast<Quad*>(to + (c + i) * kColumns + r) = row[i];
-    }
-    for (; c < columns; ++c)
-      for (int i = 0; i < 4; ++i) to[c * kColumns + r + i] = x[i * columns + c];
-  }
-#endif
-#endif
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) to[c * kColumns + r] = from[r * columns + c];
-}
 
 struct Part {
   const float *keys, *values;  // [places, heads, slots, size]
@@ -158,7 +90,7 @@ struct Attention {
     if (!any) return;
 
     const int vectors = Parts(count, kLanes);
-    Transpose(part.keys + place * size, count, size, s.keys.data());
+    Transpose(part.keys + place * size, size, count, size, s.keys.data(), kColumns);
     if (count < vectors * kLanes)
       for (int64_t d = 0; d < size; ++d)
         std::fill(s.keys.data() + d * kColumns + count,

@@ -1,0 +1,104 @@
+// What is done to whole vectors and to their lanes.
+
+#ifndef IRO_JAX_KERNELS_CPU_VECTORS_H_
+#define IRO_JAX_KERNELS_CPU_VECTORS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "tiles.h"
+
+namespace iro_jax {
+
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
+// exp(x) for x <= 0, to a unit in the last place or two: 2^n times a polynomial on [-ln2/2, ln2/2].
+inline Vector Exp(Vector x) {
+  x = x < -87.0f ? Vector{} - 87.0f : x;
+  const Vector magic = Vector{} + 12582912.0f;  // rounds what is added to it
+  const Vector n = (x * 1.44269504f + magic) - magic;
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector p = Vector{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+  return p * reinterpret_cast<const Vector&>(power);
+}
+
+typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+// Four neighbouring lanes.
+inline Quad Lanes(const Vector& x, int first) {
+  return *reinterpret_cast<const Quad*>(reinterpret_cast<const float*>(&x) + first);
+}
+
+inline float Largest(const Vector& x) {
+  Quad found = Lanes(x, 0);
+  for (int i = 4; i < kLanes; i += 4) found = Lanes(x, i) > found ? Lanes(x, i) : found;
+  return std::max(std::max(found[0], found[1]), std::max(found[2], found[3]));
+}
+
+inline float Sum(const Vector& x) {
+  Quad found = Lanes(x, 0);
+  for (int i = 4; i < kLanes; i += 4) found += Lanes(x, i);
+  return (found[0] + found[1]) + (found[2] + found[3]);
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define IRO_JAX_SHUFFLES 1
+
+// The lanes of a and b in turn, from lane `First` on.
+template <int First, int... I>
+inline Vector InTurn(Vector a, Vector b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * kLanes)...);
+}
+
+// A square of kLanes rows and columns, transposed.
+inline void TransposeSquare(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes;
+  Vector row[kLanes], next[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) row[i] = At(from + i * from_row);
+#pragma GCC unroll 4
+  for (int done = 1; done < kLanes; done *= 2) {  // every time, one bit of a row's number moves
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = InTurn<0>(row[i], row[i + kLanes / 2], lanes);
+      next[2 * i + 1] = InTurn<kLanes / 2>(row[i], row[i + kLanes / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) row[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) At(to + i * to_row) = row[i];
+}
+#endif
+#endif
+
+// to[c, r] = from[r, c]; the numbers after `_row` are the distances between rows.
+inline void Transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns,
+                      float* to, int64_t to_row) {
+  int64_t r = 0;
+#ifdef IRO_JAX_SHUFFLES
+  for (; r + kLanes <= rows; r += kLanes) {
+    int64_t c = 0;
+    for (; c + kLanes <= columns; c += kLanes)
+      TransposeSquare(from + r * from_row + c, from_row, to + c * to_row + r, to_row);
+    for (; c < columns; ++c)
+      for (int i = 0; i < kLanes; ++i) to[c * to_row + r + i] = from[(r + i) * from_row + c];
+  }
+#endif
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[c * to_row + r] = from[r * from_row + c];
+}
+
+}  // namespace iro_jax
+
+#endif
