@@ -26,6 +26,9 @@ namespace ffi = xla::ffi;
 
 constexpr int64_t kDepth = 576;
 constexpr int64_t kRowBlock = 256;
+// Up to so many rows it is memory that takes the time. The panels are shallow then, to lie in the
+// nearest cache, and each is multiplied while the next one is fetched.
+constexpr int64_t kFewRows = 32, kShallow = 48;
 // Tasks that each thread should find at least, and panels of a task at most.
 constexpr int64_t kTasks = 4, kPanels = 4;
 
@@ -41,6 +44,18 @@ void Pack(const float* w, int64_t w_row, int64_t depth, int64_t columns, float* 
     std::fill(std::copy_n(w, columns, panel), panel + kColumns, 0.0f);
 }
 
+// Fetches half of a panel, a row in two steps, into the cache that lies behind the nearest.
+struct Fetch {
+  const float* w;
+  int64_t w_row;
+
+  void operator()(int64_t k) const {
+    constexpr int kLine = 16;
+    for (int64_t i = k % 2 ? 0 : kLine; i < kColumns; i += 2 * kLine)
+      __builtin_prefetch(w + k / 2 * w_row + i, 0, 2);
+  }
+};
+
 struct Product {
   const float *x, *w;
   float* y;
@@ -52,11 +67,20 @@ struct Product {
     float *out = y + top * n + column, *c = out;
     int64_t c_row = n;
     if (columns < kColumns) c = spare, c_row = kColumns;  // a tile would write over the edge
-    for (int64_t from = 0; from < k; from += kDepth) {
-      const int64_t depth = std::min(kDepth, k - from);
-      Pack(w + from * n + column, n, depth, columns, panel);
-      Tiles<kRows, kVectors>(rows, x + top * k + from, k, panel, kColumns, depth, c, c_row,
-                             from > 0);
+    const int64_t step = m <= kFewRows ? kShallow : kDepth;
+    for (int64_t from = 0; from < k; from += step) {
+      const int64_t depth = std::min(step, k - from);
+      const float *a = x + top * k + from, *b = w + from * n + column;
+      Pack(b, n, depth, columns, panel);
+      int64_t row = 0;
+      if (m <= kFewRows) {
+        const float* next = from + step < k ? b + step * n : w + column + kColumns;
+        for (; row < 2 * kRows && row + kRows <= rows; row += kRows)
+          Tile<kRows, kVectors>(a + row * k, k, panel, kColumns, depth, c + row * c_row, c_row,
+                                from > 0, Fetch{next + row / kRows * (step / 2) * n, n});
+      }
+      Tiles<kRows, kVectors>(rows - row, a + row * k, k, panel, kColumns, depth, c + row * c_row,
+                             c_row, from > 0);
     }
     if (c != out)
       for (int64_t r = 0; r < rows; ++r) std::copy_n(c + r * c_row, columns, out + r * n);

@@ -29,18 +29,23 @@ inline Vector& At(float* x) { return *reinterpret_cast<Vector*>(x); }
 
 constexpr int64_t Parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
+struct Nothing {
+  void operator()(int64_t) const {}
+};
+
 // c = a b, or c += a b, for R rows of `depth` numbers of a and V vectors of columns of b. The
-// numbers after `_row` are the distances between rows.
-template <int R, int V>
+// numbers after `_row` are the distances between rows. Calls beside(k) before every step.
+template <int R, int V, typename Beside = Nothing>
 inline __attribute__((always_inline)) void Tile(const float* a, int64_t a_row, const float* b,
                                                 int64_t b_row, int64_t depth, float* c,
-                                                int64_t c_row, bool add) {
+                                                int64_t c_row, bool add, Beside beside = {}) {
   Vector sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = add ? At(c + r * c_row + v * kLanes) : Vector{};
   for (int64_t k = 0; k < depth; ++k) {
+    beside(k);
     Vector row[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) row[v] = At(b + k * b_row + v * kLanes);
