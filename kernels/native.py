@@ -26,10 +26,16 @@ from absl import logging
 from jax.sharding import AxisType
 from jaxtyping import Array
 
-MATMUL, ATTEND, ROTATE = "iro_jax_matmul", "iro_jax_attend", "iro_jax_rotate_heads"
+MATMUL, ATTEND = "iro_jax_matmul", "iro_jax_attend"
+ROTATE, LOGSUMEXP = "iro_jax_rotate_heads", "iro_jax_logsumexp"
 """The names under which XLA knows them."""
 
-_SYMBOLS = {MATMUL: "IroMatmul", ATTEND: "IroAttend", ROTATE: "IroRotateHeads"}
+_SYMBOLS = {
+    MATMUL: "IroMatmul",
+    ATTEND: "IroAttend",
+    ROTATE: "IroRotateHeads",
+    LOGSUMEXP: "IroLogSumExp",
+}
 _FOLDER = Path(__file__).parent / "cpu"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 _COMPILERS = ("g++", "clang++")

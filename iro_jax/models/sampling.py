@@ -155,7 +155,7 @@ def _draw(
     def finish(tokens: Array, drawn: Array, warped_log_probs: Array, largest: Array) -> Draw:
         if axis is None:
             drawn = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        normaliser = largest + jnp.log(_total(jnp.exp(logits - largest[..., None]), axis))
+        normaliser = _normaliser(logits, largest, axis)
         return Draw(tokens.astype(jnp.int32), drawn - normaliser, warped_log_probs)
 
     if sampling.temperature == 0:
@@ -335,6 +335,25 @@ def _total(x: Array, axis: str | None) -> Float[Array, "*batch"]:
         x = jnp.sum(x.reshape(*x.shape[:-1], -1, _LANES), axis=-2)
     found = jnp.sum(x, axis=-1)
     return found if axis is None else lax.psum(found, axis)
+
+
+def _normaliser(
+    logits: Float[Array, "*batch V"], largest: Float[Array, "*batch"], axis: str | None
+) -> Float[Array, "*batch"]:
+    """The logarithm of the sum of exponentials of all parts, whose largest logit is known."""
+    from kernels import native  # Pallas, beside it, takes a third of a second to import
+
+    def by_xla(logits: Array, largest: Array) -> Array:
+        return largest + jnp.log(_total(jnp.exp(logits - largest[..., None]), axis))
+
+    def on_cpu(logits: Array, _: Array) -> Array:
+        from kernels.logsumexp_cpu import logsumexp_on_cpu
+
+        return logsumexp_on_cpu(logits)
+
+    if axis is not None or not native.takes(logits):
+        return by_xla(logits, largest)
+    return lax.platform_dependent(logits, largest, cpu=on_cpu, default=by_xla)
 
 
 def _in_parts_before(

@@ -81,13 +81,15 @@ struct Attention {
   // From tokens [t, end) to the slots of one place from `slot` on, whose keys begin at row `place`.
   void Attend(const Part& part, int64_t place, int64_t slot, int64_t t, int64_t end, int64_t first,
               Scratch& s) const {
-    const int64_t count = std::min(kColumns, part.used - slot), width = Width();
+    const int64_t width = Width();
+    int64_t count = std::min(kColumns, part.used - slot);
     const uint8_t* seen = part.visible + t * part.slots + slot;
-    bool any = false;
-    for (int64_t i = 0; i < end - t && !any; ++i)
-      any = std::any_of(seen + i * part.slots, seen + i * part.slots + count,
-                        [](uint8_t x) { return x != 0; });
-    if (!any) return;
+    // Slots at the end that no token sees are left out: a chunk fills up as it is written.
+    uint8_t anybody[kColumns] = {};
+    for (int64_t i = 0; i < end - t; ++i)
+      for (int64_t j = 0; j < count; ++j) anybody[j] |= seen[i * part.slots + j];
+    while (count > 0 && !anybody[count - 1]) --count;
+    if (count == 0) return;
 
     const int vectors = Parts(count, kLanes);
     Transpose(part.keys + place * size, size, count, size, s.keys.data(), kColumns);
