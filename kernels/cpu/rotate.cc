@@ -21,6 +21,13 @@ namespace ffi = xla::ffi;
 // Rows of a task at least: fewer are not worth a thread's waking.
 constexpr int64_t kFewest = 16;
 
+// Products are rounded before they are added up, as XLA rounds them.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 inline void Rotate(const float* __restrict from, const float* __restrict cosines,
                    const float* __restrict sines, int64_t half, int64_t size, float scale,
                    float* __restrict to) {
