@@ -138,7 +138,12 @@ def rotate_heads(
     sines: Float[Array, "*batch length half"],
     scale: float,
 ) -> tuple[Array, Array, Array]:
-    """What attention needs of one projection, queries before keys before values.
+    """What attention needs of one projection, whose slices are queries, a key and a value.
+
+    Args:
+      projected: of every token and key head, normed already where the network norms them.
+      cosines, sines: from `tables`.
+      scale: of the queries.
 
     Returns:
       Queries, rotated and scaled, `[*batch, length, kv_heads, group, head_dim]`; keys, rotated, and

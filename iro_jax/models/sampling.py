@@ -86,7 +86,7 @@ def draw(
     *,
     kernels: Implementation = "xla",
 ) -> Draw:
-    """Draws one token per row.
+    """Draws one token per row; on one CPU device, without derivatives.
 
     Args:
       keys: one threefry key per row.
