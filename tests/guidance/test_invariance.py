@@ -21,6 +21,7 @@ from iro_jax.models import Sampling, draw_keys, gumbel_noise, make_mesh, prompt_
 from iro_jax.models.sharding import REPLICATED, RULES, tree_shardings
 from iro_jax.testing import tiny_network
 from iro_jax.values import Head, ValueNetwork, ValueParams
+from tests.conftest import OPTIMISED
 from tests.guidance.cases import (
     POLICY,
     SIZES,
@@ -37,9 +38,9 @@ REAL_PROMPTS = int(os.environ.get("IRO_JAX_INVARIANCE_PROMPTS", "16"))
 ROWS = 8
 
 
-def search_all(search, params, some, *, rows, length, mesh=None):
+def search_all(search, params, some, *, rows, length, mesh=None, options=None):
     """Searches all prompts in batches of `rows`; the last may repeat some."""
-    run = jax.jit(search)
+    run = jax.jit(search, compiler_options=options)
     outputs = []
     if mesh is not None:
         params = jax.device_put(params, tree_shardings(params, mesh))
@@ -105,15 +106,15 @@ def first_difference(search, params, prompt, p, trace, other):
     return 0.0  # The trees are equal: the final choice was between equal scores.
 
 
-def check_all_ways(search, params, some, bucket):
-    reference = search_all(search, params, some, rows=ROWS, length=bucket)
+def check_all_ways(search, params, some, bucket, options=None):
+    reference = search_all(search, params, some, rows=ROWS, length=bucket, options=options)
     ways = {
         "alone": {"rows": 1, "length": bucket},
         "another bucket": {"rows": ROWS, "length": 2 * bucket},
         "eight devices": {"rows": ROWS, "length": bucket, "mesh": make_mesh(data=8)},
     }
     for way in ways.values():
-        found = search_all(search, params, some, **way)
+        found = search_all(search, params, some, options=options, **way)
         assert same_answers(search, params, some, reference, found) >= 0.99
 
 
@@ -146,6 +147,7 @@ def test_200_answers_are_the_same_on_every_mesh():
         assert same_answers(search, params, some, reference, found) >= 0.99
 
 
+@pytest.mark.slow
 def test_on_a_mesh_that_also_splits_the_model():
     scorer, scorer_params = scored()["shared backbone"]
     search, params, some = guided(scorer), guided_params(scorer_params), prompts(16)
@@ -167,6 +169,7 @@ def test_on_a_mesh_that_also_splits_the_model():
             )
 
 
+@pytest.mark.slow
 def test_networks_of_one_program_may_be_placed_by_different_rules():
     search, params = wide_search(REPLICATED)
     some, mesh = prompts(8), make_mesh(2, 4)
@@ -212,4 +215,4 @@ def test_real_answers_are_the_same_in_every_way(smollm2):
         render(smollm2.tokenizer, f"{openings[i % 4]} {'number ' * (i % 5)}{i}")
         for i in range(REAL_PROMPTS)
     ]
-    check_all_ways(search, params, some, 32)
+    check_all_ways(search, params, some, 32, OPTIMISED)

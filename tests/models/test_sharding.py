@@ -55,6 +55,7 @@ def run(network, mesh=None):
 CASES = [(name, (2, 4)) for name in NETWORKS] + [("divisible heads", shape) for shape in MESHES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
 def test_a_mesh_computes_what_one_device_computes(name, shape):
     network = NETWORKS[name]

@@ -9,7 +9,10 @@ import pytest
 from scipy.stats import beta
 
 from iro_jax import search as s
+from tests.conftest import OPTIMISED
 from tests.search.tabular import Tabular, bare_root, keys, sampled_successors, table_scores
+
+optimised = functools.partial(jax.jit, compiler_options=OPTIMISED)
 
 
 def uniform_successors(vocabulary, chunk_length):
@@ -49,7 +52,7 @@ def successes(
     seed=5000,
     select_fn=s.diversity_first,
 ):
-    @jax.jit
+    @optimised
     def run(prompt_keys):
         output = s.search(
             None,
@@ -75,6 +78,7 @@ def interval(hits, runs):
     return beta.ppf(0.025, hits, runs - hits + 1), beta.ppf(0.975, hits + 1, runs - hits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vocabulary", "horizon", "chunk_length", "candidates"),
     [(64, 2, 1, 4), (64, 2, 1, 16), (64, 3, 1, 16), (100, 2, 1, 9), (8, 4, 2, 16)],
@@ -100,6 +104,7 @@ def test_success_probabilities_follow_proposition_1(vocabulary, horizon, chunk_l
         assert low <= blind <= high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("horizon", "width", "top_k_helps"), [(2, 2, False), (2, 4, False), (3, 4, False), (3, 4, True)]
 )
@@ -143,7 +148,7 @@ def particles(problem, values, number, successors, select_fn, seed):
 
 @functools.cache
 def _particle_search(vocabulary, horizon, number, successors, select_fn):
-    @jax.jit
+    @optimised
     def run(params, prompt_keys):
         shape = (1, horizon, number * successors, 1, vocabulary)
         noise = jax.random.gumbel(jax.random.fold_in(prompt_keys[0], 7), shape)

@@ -62,6 +62,7 @@ def assert_same(found, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [ALL, ADAPTERS], ids=["all", "adapters"])
 def test_the_curve_does_not_depend_on_the_mesh(settings, store, tmp_path):
     expected = fitted(settings, store, tmp_path / "one")
@@ -71,6 +72,7 @@ def test_the_curve_does_not_depend_on_the_mesh(settings, store, tmp_path):
         assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_a_fit_goes_on_on_another_mesh(store, tmp_path):
     expected = fitted(ALL, store, tmp_path / "whole")
     with pytest.raises(KilledError):

@@ -18,6 +18,7 @@ from tests.values import cases
 MODEL = cases.model()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [None, 1])
 def test_states_and_probabilities_are_those_of_whole_texts(layer):
     rng = np.random.default_rng(0)
@@ -55,6 +56,7 @@ def fitter(next_states=None, head=Head((16,))):
     return ValueFitter(settings, tokens, states=StateCache(MODEL, 1), next_states=next_states)
 
 
+@pytest.mark.slow
 def test_a_fit_reaches_what_the_policy_expects_of_itself(tmp_path):
     rollouts = cases.rollouts(8, 4)
     store = cases.store(tmp_path / "store", rollouts)

@@ -19,6 +19,7 @@ from iro_jax.values.fit import planned_batches
 from iro_jax.values.function import with_adapters
 from iro_jax.values.objectives import ValueObjective, state_examples, token_examples
 from iro_jax.values.packing import Packing, packing_for
+from tests.conftest import OPTIMISED
 from tests.values import cases
 from tests.values.test_fit import Killed, kill_after, same
 
@@ -124,9 +125,6 @@ class TestLosses:
         found_loss, found = differentiate(objective, function.params, packed)
         assert float(found_loss) == pytest.approx(float(want_loss), rel=1e-5)
         assert_same_gradient(found, want)
-
-
-OPTIMISED = {"xla_backend_optimization_level": 3}
 
 
 class TestSegments:

@@ -22,6 +22,7 @@ def plan(*arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", ["smollm2", "tldr:6.9b", "ultrafeedback:8b", "ultrafeedback:70b", "math"]
 )
@@ -38,6 +39,7 @@ def test_every_experiment_can_be_planned(config):
     assert float(total[1].replace(",", "")) > 0
 
 
+@pytest.mark.slow
 def test_seventy_billion_do_not_fit_on_one_device():
     arguments = ("--topology=gpu:h100", "--config.mesh.model=1")
     done = plan("--config=configs/ultrafeedback.py:70b", *arguments)
