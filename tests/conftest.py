@@ -30,6 +30,11 @@ jax.config.update("jax_compilation_cache_dir", os.environ["IRO_JAX_TESTS_COMPILE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def pytest_configure(config):
+    """Files that have few tests are the long ones here: they must not come last."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
     """Tests of real weights are skipped, with the reason, where these are not installed."""
     for item in items:
