@@ -22,6 +22,8 @@ namespace ffi = xla::ffi;
 // Vectors that are summed beside each other, and added up at the end.
 constexpr int kBeside = 4;
 constexpr int64_t kStep = kBeside * kLanes;
+// What an exponential takes, in multiply-adds.
+constexpr int64_t kExpSteps = 16;
 
 float LogSumExp(const float* x, int64_t n) {
   const int64_t whole = n / kStep * kStep;
@@ -54,7 +56,7 @@ ffi::Error LogSumExps(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
   if (y->dimensions()[0] != rows) return ffi::Error::InvalidArgument("y must have a number a row");
   const float* from = x.typed_data();
   float* to = y->typed_data();
-  Run(pool, rows, [=](int64_t row) { to[row] = LogSumExp(from + row * n, n); });
+  Run(pool, rows, kExpSteps * rows * n, [=](int64_t row) { to[row] = LogSumExp(from + row * n, n); });
   return ffi::Error::Success();
 }
 

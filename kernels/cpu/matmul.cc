@@ -100,7 +100,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2
   const int64_t panels = Parts(n, kColumns);
   const int64_t group = std::clamp<int64_t>(panels / (kTasks * Threads(pool)), 1, kPanels);
   const int64_t groups = Parts(panels, group);
-  Run(pool, groups * Parts(m, kRowBlock), [=](int64_t task) {
+  Run(pool, groups * Parts(m, kRowBlock), m * n * k, [=](int64_t task) {
     const int64_t first = task % groups * group;
     for (int64_t panel = first; panel < std::min(first + group, panels); ++panel)
       product.Panel(panel * kColumns, task / groups * kRowBlock);

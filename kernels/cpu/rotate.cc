@@ -18,8 +18,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Rows of a task at least: fewer are not worth a thread's waking.
-constexpr int64_t kFewest = 16;
+// Rows of a task at least, and what a channel takes, in multiply-adds: it is read from memory.
+constexpr int64_t kFewest = 16, kSteps = 16;
 
 // Products are rounded before they are added up, as XLA rounds them.
 #if defined(__clang__)
@@ -56,7 +56,7 @@ ffi::Error RotateHeads(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x,
   const float *from = x.typed_data(), *cosine = cosines.typed_data(), *sine = sines.typed_data();
   float *q = queries->typed_data(), *k = keys->typed_data(), *v = values->typed_data();
   const int64_t block = std::max(Parts(rows, 4 * Threads(pool)), kFewest);
-  Run(pool, Parts(rows, block), [=](int64_t task) {
+  Run(pool, Parts(rows, block), kSteps * x.element_count(), [=](int64_t task) {
     for (int64_t row = task * block; row < std::min(rows, (task + 1) * block); ++row)
       for (int64_t head = 0; head < heads; ++head) {
         const float *c = cosine + row * half, *s = sine + row * half;

@@ -18,10 +18,14 @@ inline int64_t Threads(xla::ffi::ThreadPool& pool) {
   return std::max<int64_t>(pool.num_threads(), 1);
 }
 
-// Calls work(0), ..., work(tasks - 1) and returns when all are done. Threads take one task after
-// the other, so that a slow one holds nobody up; the caller is one of them.
+// Multiply-adds for which it pays to wake a thread, some ten microseconds of one.
+constexpr int64_t kWorthAThread = 1 << 20;
+
+// Calls work(0), ..., work(tasks - 1), which are `steps` multiply-adds together, and returns when
+// all are done. Threads take one task after the other, so that a slow one holds nobody up; the
+// caller is one of them, and the only one where there is little to do.
 template <typename Work>
-void Run(xla::ffi::ThreadPool& pool, int64_t tasks, Work work) {
+void Run(xla::ffi::ThreadPool& pool, int64_t tasks, int64_t steps, Work work) {
   struct Shared {
     Work work;
     int64_t tasks;
@@ -35,7 +39,8 @@ void Run(xla::ffi::ThreadPool& pool, int64_t tasks, Work work) {
   };
   // Helpers may come when all is done and the caller has gone: the state belongs to all of them.
   auto shared = std::make_shared<Shared>(std::move(work), tasks);
-  for (int64_t helper = 1; helper < std::min(Threads(pool), tasks); ++helper)
+  const int64_t threads = std::min({Threads(pool), tasks, 1 + steps / kWorthAThread});
+  for (int64_t helper = 1; helper < threads; ++helper)
     pool.Schedule([shared] { shared->Help(); });
   shared->Help();
   while (shared->done.load() < tasks) std::this_thread::yield();

@@ -28,6 +28,7 @@ def projection(batch, length, kv_heads, group, size, half, seed=0):
         ((2, 3), 5, 3, 3, 64, 32),
         ((7,), 13, 2, 4, 80, 17),  # a part of the channels, and no whole vectors
         ((40,), 1, 1, 8, 24, 12),
+        ((40,), 30, 3, 3, 64, 32),  # enough for several threads
     ],
 )
 def test_channels_turn_by_their_angles(shape):
