@@ -26,9 +26,9 @@ namespace ffi = xla::ffi;
 
 constexpr int64_t kDepth = 576;
 constexpr int64_t kRowBlock = 256;
-// Up to so many rows it is memory that takes the time. The panels are shallow then, to lie in the
-// nearest cache, and each is multiplied while the next one is fetched.
-constexpr int64_t kFewRows = 32, kShallow = 48;
+// Up to so many rows it is memory that takes the time: the depth of a panel is less then, so that
+// it lies in the nearest cache while the next one is fetched.
+constexpr int64_t kFewRows = 32, kShallow = 48, kSomeRows = 160, kMiddle = 192;
 // Tasks that each thread should find at least, and panels of a task at most.
 constexpr int64_t kTasks = 4, kPanels = 4;
 
@@ -44,15 +44,20 @@ void Pack(const float* w, int64_t w_row, int64_t depth, int64_t columns, float* 
     std::fill(std::copy_n(w, columns, panel), panel + kColumns, 0.0f);
 }
 
-// Fetches half of a panel, a row in two steps, into the cache that lies behind the nearest.
+// Fetches every `every`th row of a panel into the cache that lies behind the nearest. Spread over
+// the tiles, it leaves room for the loads of the products.
 struct Fetch {
-  const float* w;
-  int64_t w_row;
+  const float* row;
+  int64_t stride;
+  int every, left;
 
-  void operator()(int64_t k) const {
+  void operator()(int64_t) {
+    if (--left > 0) return;
+    left = every;
     constexpr int kLine = 16;
-    for (int64_t i = k % 2 ? 0 : kLine; i < kColumns; i += 2 * kLine)
-      __builtin_prefetch(w + k / 2 * w_row + i, 0, 2);
+#pragma GCC unroll 3
+    for (int64_t i = 0; i < kColumns; i += kLine) __builtin_prefetch(row + i, 0, 2);
+    row += stride;
   }
 };
 
@@ -61,23 +66,25 @@ struct Product {
   float* y;
   int64_t m, n, k;
 
-  void Panel(int64_t column, int64_t top) const {
+  // `after` is the column of the panel that is likely to come next.
+  void Panel(int64_t column, int64_t top, int64_t after) const {
     alignas(64) static thread_local float panel[kDepth * kColumns], spare[kRowBlock * kColumns];
     const int64_t rows = std::min(kRowBlock, m - top), columns = std::min(kColumns, n - column);
     float *out = y + top * n + column, *c = out;
     int64_t c_row = n;
     if (columns < kColumns) c = spare, c_row = kColumns;  // a tile would write over the edge
-    const int64_t step = m <= kFewRows ? kShallow : kDepth;
+    const int64_t step = m <= kFewRows ? kShallow : m <= kSomeRows ? kMiddle : kDepth;
     for (int64_t from = 0; from < k; from += step) {
       const int64_t depth = std::min(step, k - from);
       const float *a = x + top * k + from, *b = w + from * n + column;
       Pack(b, n, depth, columns, panel);
       int64_t row = 0;
-      if (m <= kFewRows) {
-        const float* next = from + step < k ? b + step * n : w + column + kColumns;
-        for (; row < 2 * kRows && row + kRows <= rows; row += kRows)
+      if (m <= kSomeRows) {
+        const int tiles = rows / kRows;
+        const float* next = from + step < k ? b + step * n : w + after;
+        for (int tile = 0; tile < tiles; ++tile, row += kRows)
           Tile<kRows, kVectors>(a + row * k, k, panel, kColumns, depth, c + row * c_row, c_row,
-                                from > 0, Fetch{next + row / kRows * (step / 2) * n, n});
+                                from > 0, Fetch{next + tile * n, tiles * n, tiles, tile + 1});
       }
       Tiles<kRows, kVectors>(rows - row, a + row * k, k, panel, kColumns, depth, c + row * c_row,
                              c_row, from > 0);
@@ -97,13 +104,15 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2
     return ffi::Error::Success();
   }
   const Product product{x.typed_data(), w.typed_data(), y->typed_data(), m, n, k};
-  const int64_t panels = Parts(n, kColumns);
-  const int64_t group = std::clamp<int64_t>(panels / (kTasks * Threads(pool)), 1, kPanels);
+  const int64_t panels = Parts(n, kColumns), threads = Threads(pool);
+  const int64_t group = std::clamp<int64_t>(panels / (kTasks * threads), 1, kPanels);
   const int64_t groups = Parts(panels, group);
   Run(pool, groups * Parts(m, kRowBlock), m * n * k, [=](int64_t task) {
-    const int64_t first = task % groups * group;
-    for (int64_t panel = first; panel < std::min(first + group, panels); ++panel)
-      product.Panel(panel * kColumns, task / groups * kRowBlock);
+    const int64_t first = task % groups * group, last = std::min(first + group, panels);
+    const int64_t next_first = (task + threads) % groups * group;
+    for (int64_t panel = first; panel < last; ++panel)
+      product.Panel(panel * kColumns, task / groups * kRowBlock,
+                    (panel + 1 < last ? panel + 1 : next_first) * kColumns);
   });
   return ffi::Error::Success();
 }
