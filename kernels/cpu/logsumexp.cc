@@ -56,7 +56,8 @@ ffi::Error LogSumExps(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
   if (y->dimensions()[0] != rows) return ffi::Error::InvalidArgument("y must have a number a row");
   const float* from = x.typed_data();
   float* to = y->typed_data();
-  Run(pool, rows, kExpSteps * rows * n, [=](int64_t row) { to[row] = LogSumExp(from + row * n, n); });
+  Run(pool, rows, kExpSteps * rows * n,
+      [=](int64_t row) { to[row] = LogSumExp(from + row * n, n); });
   return ffi::Error::Success();
 }
 

@@ -26,8 +26,8 @@ namespace ffi = xla::ffi;
 
 constexpr int64_t kDepth = 576;
 constexpr int64_t kRowBlock = 256;
-// Up to so many rows it is memory that takes the time: the depth of a panel is less then, so that
-// it lies in the nearest cache while the next one is fetched.
+// Up to kSomeRows rows memory takes much of the time, up to kFewRows most of it. Panels are only
+// kMiddle and kShallow deep then: they lie in the nearest cache while the next one is fetched.
 constexpr int64_t kFewRows = 32, kShallow = 48, kSomeRows = 160, kMiddle = 192;
 // Tasks that each thread should find at least, and panels of a task at most.
 constexpr int64_t kTasks = 4, kPanels = 4;

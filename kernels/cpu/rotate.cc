@@ -18,8 +18,10 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Rows of a task at least, and what a channel takes, in multiply-adds: it is read from memory.
-constexpr int64_t kFewest = 16, kSteps = 16;
+// Rows of a task at least.
+constexpr int64_t kFewest = 16;
+// What a channel takes, in multiply-adds: it comes from memory and goes there.
+constexpr int64_t kSteps = 16;
 
 // Products are rounded before they are added up, as XLA rounds them.
 #if defined(__clang__)

@@ -63,8 +63,8 @@ def test_programs_take_turns():
     assert "".join(order) == "ababab"
 
 
-@pytest.mark.slow
 # Scripts define their flags on import, some by the same names: each has a process of its own.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["answer_length", "value_functions", "search_memory", "second_start", "accelerator"]
 )

@@ -33,7 +33,7 @@ from tests.guidance.cases import (
 )
 
 # The same prompts can be searched with the real model in greater number than CI has time for.
-REAL_PROMPTS = int(os.environ.get("IRO_JAX_INVARIANCE_PROMPTS", "8"))
+REAL_PROMPTS = int(os.environ.get("IRO_JAX_INVARIANCE_PROMPTS", "16"))
 ROWS = 8
 
 
