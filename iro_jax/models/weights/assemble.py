@@ -6,7 +6,7 @@ tensors than lies within it and no more than a small block at a time.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -27,8 +27,9 @@ def load_parameter(
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: Sharding,
+    empty: Callable[[list[int], np.dtype], np.ndarray] = np.empty,
 ) -> jax.Array:
-    """Reads each distinct shard once and puts it on the devices that hold it."""
+    """Reads each distinct shard once, into an `empty` array, and puts it on its devices."""
     shards: dict[Bounds, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
@@ -39,21 +40,12 @@ def load_parameter(
         shards.setdefault(bounds, []).append(device)
     arrays: list[jax.Array] = []
     for bounds, devices in shards.items():
-        block = _aligned_empty([stop - start for start, stop in bounds], dtype)
+        block = empty([stop - start for start, stop in bounds], dtype)
         for piece in pieces:
             _read_piece(checkpoint, piece, bounds, block)
         arrays += [jax.device_put(block, device) for device in devices]
         jax.block_until_ready(arrays)
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """An array that a CPU device can take over as it is, without a second copy."""
-    alignment = 64
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + alignment, np.uint8)
-    offset = -memory.ctypes.data % alignment
-    return memory[offset : offset + size].view(dtype).reshape(shape)
 
 
 def _read_piece(checkpoint: Checkpoint, piece: Piece, bounds: Bounds, out: np.ndarray) -> None:

@@ -37,6 +37,7 @@ from iro_jax.models.weights.layout import (
     checkpoint_layout,
     tensor_shapes,
 )
+from iro_jax.models.weights.memory import HostMemory
 from iro_jax.models.weights.safetensors_folder import write_folder
 from iro_jax.models.weights.sources import open_checkpoint
 
@@ -252,6 +253,9 @@ def _load(
         desc=f"Loading {checkpoint.origin.name}",
         disable=None if total > _PROGRESS_BYTES else True,
     )
+    # CPU devices keep the memory that weights were read into, others copy it.
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+    empty = HostMemory().empty if on_cpu else np.empty
     loaded = {}
     with progress:
         for path, variable in abstract.items():
@@ -261,6 +265,7 @@ def _load(
                 tuple(variable.shape),
                 jnp.dtype(dtypes[path]),
                 shardings[path],
+                empty,
             )
             loaded[path] = variable.replace(array)
             progress.update(array.nbytes)
