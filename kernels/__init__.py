@@ -4,7 +4,7 @@ Nothing here imports from `iro_jax`, which may import it.
 """
 
 from kernels.dispatch import Implementation
-from kernels.matmul import matmul
+from kernels.matmul import matmul, matmul_transposed
 from kernels.prefix_attention import prefix_attention
 from kernels.prefix_attention_parts import Part
 from kernels.sampling import fused_draw
@@ -16,5 +16,6 @@ __all__ = [
     "Part",
     "fused_draw",
     "matmul",
+    "matmul_transposed",
     "prefix_attention",
 ]

@@ -26,12 +26,14 @@ from absl import logging
 from jax.sharding import AxisType
 from jaxtyping import Array
 
-MATMUL, ATTEND = "iro_jax_matmul", "iro_jax_attend"
+MATMUL, MATMUL_TRANSPOSED = "iro_jax_matmul", "iro_jax_matmul_transposed"
+ATTEND = "iro_jax_attend"
 ROTATE, LOGSUMEXP = "iro_jax_rotate_heads", "iro_jax_logsumexp"
 """The names under which XLA knows them."""
 
 _SYMBOLS = {
     MATMUL: "IroMatmul",
+    MATMUL_TRANSPOSED: "IroMatmulTransposed",
     ATTEND: "IroAttend",
     ROTATE: "IroRotateHeads",
     LOGSUMEXP: "IroLogSumExp",

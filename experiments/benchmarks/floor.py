@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from iro_jax.models import Params
-from kernels import matmul
+from kernels import matmul, matmul_transposed
 
 
 def layer_matmuls(
@@ -42,7 +42,7 @@ def decode_matmuls(
         x = layer_matmuls(params, x)
         # All logits are computed, and by a product of its own: XLA on CPU would compute it three
         # times slower in one loop with whatever reads them.
-        logits = lax.optimization_barrier(x @ table.T)
+        logits = lax.optimization_barrier(matmul_transposed(x, table))
         return x + 1e-6 * logits[:, :1]
 
     return lax.fori_loop(0, num_steps, step, x)

@@ -254,12 +254,16 @@ class Transformer(nnx.Module):
         if self.score_head is not None:
             raise ValueError("This network has no language-model head. Got: config.head='score'")
         table = self.embedding if self.unembedding is None else self.unembedding
-        logits = jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            table[...].astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        weights = table[...].astype(hidden.dtype)
+        if automatic_mesh() is None and hidden.dtype == jnp.float32:
+            from kernels import matmul_transposed
+
+            logits = matmul_transposed(hidden.reshape(-1, hidden.shape[-1]), weights)
+            logits = logits.reshape(*hidden.shape[:-1], weights.shape[0])
+        else:
+            logits = jnp.einsum(
+                "...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32
+            )
         cap = self.config.logit_softcap
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)

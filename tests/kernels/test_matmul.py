@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernels import matmul, native
+from kernels import matmul, matmul_transposed, native
 from kernels.matmul import FEWEST_ROWS
 
 compiled = pytest.mark.skipif(not native.available(), reason="there is no C++ compiler")
@@ -36,10 +36,10 @@ def operands(m, k, n, seed=0):
 )
 def test_it_is_the_product(shape):
     x, w = operands(*shape)
-    y = jax.jit(matmul)(x, w)
     wanted = x.astype(float) @ w
     scale = np.abs(x).astype(float) @ np.abs(w)
-    np.testing.assert_array_less(np.abs(y - wanted), 1e-6 * scale + 1e-30)
+    for y in (jax.jit(matmul)(x, w), jax.jit(matmul_transposed)(x, w.T.copy())):
+        np.testing.assert_array_less(np.abs(y - wanted), 1e-6 * scale + 1e-30)
 
 
 @compiled
@@ -50,9 +50,11 @@ def test_an_empty_sum():
 @compiled
 def test_a_row_does_not_depend_on_those_beside_it():
     x, w = operands(700, 600, 100)
-    whole = np.asarray(jax.jit(matmul)(x, w))
-    for first, last in ((0, 8), (3, 300), (255, 264), (690, 700)):
-        np.testing.assert_array_equal(jax.jit(matmul)(x[first:last], w), whole[first:last])
+    for product, weights in ((matmul, w), (matmul_transposed, w.T.copy())):
+        whole = np.asarray(jax.jit(product)(x, weights))
+        for first, last in ((0, 8), (3, 300), (255, 264), (690, 700)):
+            part = jax.jit(product)(x[first:last], weights)
+            np.testing.assert_array_equal(part, whole[first:last])
 
 
 @compiled
@@ -98,6 +100,9 @@ def test_derivatives_and_batches():
     wanted = jax.grad(lambda x, w: loss(jnp.matmul, x, w), (0, 1))(x, w)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    found = jax.jit(jax.grad(lambda x, w: loss(matmul_transposed, x, w.T), (0, 1)))(x, w)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
     stack = np.stack([w, 2 * w])
     batched = jax.jit(jax.vmap(matmul, (None, 0)))(x, stack)
     np.testing.assert_allclose(batched, x @ stack, rtol=1e-4, atol=1e-4)
@@ -106,11 +111,13 @@ def test_derivatives_and_batches():
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"\[M, K\] and \[K, N\]. Got: \(8, 5\) and \(7, 5\)"):
         matmul(jnp.zeros((8, 5)), jnp.zeros((7, 5)))
+    with pytest.raises(ValueError, match=r"\[M, K\] and \[N, K\]. Got: \(8, 5\) and \(5, 7\)"):
+        matmul_transposed(jnp.zeros((8, 5)), jnp.zeros((5, 7)))
 
 
 PROGRAM = """
 import jax.numpy as jnp
-from kernels import matmul, native
+from kernels import matmul, matmul_transposed, native
 print(float(matmul(jnp.ones((8, 3)), jnp.ones((3, 5))).sum()), native.available())
 """
 
