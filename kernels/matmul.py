@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from kernels import native
 
-FEWEST_ROWS = 8
+FEWEST_ROWS = 4
 """Fewer are left to XLA, whose products of single rows copy nothing."""
 
 

@@ -28,7 +28,8 @@ from jaxtyping import Array
 
 MATMUL, MATMUL_TRANSPOSED = "iro_jax_matmul", "iro_jax_matmul_transposed"
 ATTEND = "iro_jax_attend"
-ROTATE, LOGSUMEXP = "iro_jax_rotate_heads", "iro_jax_logsumexp"
+ROTATE = "iro_jax_rotate_heads"
+LOGSUMEXP, TOP_K = "iro_jax_logsumexp", "iro_jax_top_k"
 """The names under which XLA knows them."""
 
 _SYMBOLS = {
@@ -37,6 +38,7 @@ _SYMBOLS = {
     ATTEND: "IroAttend",
     ROTATE: "IroRotateHeads",
     LOGSUMEXP: "IroLogSumExp",
+    TOP_K: "IroTopK",
 }
 _FOLDER = Path(__file__).parent / "cpu"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")

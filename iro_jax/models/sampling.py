@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
@@ -223,18 +224,39 @@ def warp(
 
 def _warp(logits: Array, sampling: Sampling, axis: str | None = None) -> tuple[Array, Array]:
     """As `warp`; of a part of the vocabulary where nothing says how many tokens to keep."""
-    scaled = logits / sampling.temperature
     if not _keeps_few(logits, sampling, axis):
+        scaled = logits / sampling.temperature
         if sampling.top_p < 1:
             scaled = _nucleus(scaled, sampling.top_p, axis)
         return scaled, _token_ids(scaled, axis)
-    assert sampling.top_k is not None
-    kept, ids = _top_k(scaled, sampling.top_k, axis)
+    kept, ids = _most_likely(logits, sampling, axis)
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(kept, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         kept = jnp.where(before < sampling.top_p, kept, -jnp.inf)
     return kept, ids
+
+
+def _most_likely(logits: Array, sampling: Sampling, axis: str | None) -> tuple[Array, Array]:
+    """The `top_k` largest logits over the temperature, in falling order, and their ids."""
+    from kernels import native  # Pallas, beside it, takes a third of a second to import
+
+    temperature, k = sampling.temperature, sampling.top_k
+    assert k is not None
+
+    def by_xla(logits: Array) -> tuple[Array, Array]:
+        return _top_k(logits / temperature, k, axis)
+
+    def on_cpu(logits: Array) -> tuple[Array, Array]:
+        from kernels.top_k_cpu import top_k_on_cpu
+
+        # XLA multiplies by the inverse as well.
+        kept, ids = top_k_on_cpu(logits, k, float(np.float32(1) / np.float32(temperature)))
+        return kept / temperature, ids
+
+    if axis is not None or not native.takes(logits):
+        return by_xla(logits)
+    return lax.platform_dependent(logits, cpu=on_cpu, default=by_xla)
 
 
 def _keeps_few(logits: Array, sampling: Sampling, axis: str | None) -> bool:
@@ -254,7 +276,8 @@ def top_k(
     size = x.shape[-1]
     count = -(-size // _GROUP)
     if count <= 2 * k:
-        return lax.top_k(x, k)
+        largest, places = lax.top_k(x, k)
+        return largest, places
     padding = [(0, 0)] * (x.ndim - 1) + [(0, count * _GROUP - size)]
     groups = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(*x.shape[:-1], count, _GROUP)
     _, chosen = lax.top_k(jnp.max(groups, axis=-1), k)

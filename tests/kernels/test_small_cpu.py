@@ -1,4 +1,4 @@
-"""The rotation of heads and the normaliser on CPUs against f64 and XLA."""
+"""The rotation of heads, the normaliser and the largest on CPUs against f64, sorting and XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from iro_jax.models import Sampling, draw, prompt_keys
 from iro_jax.models.rope import _rotate_by_xla, rotate_heads
 from kernels import native
 from kernels.logsumexp_cpu import logsumexp_on_cpu
+from kernels.top_k_cpu import top_k_on_cpu
 
 compiled = pytest.mark.skipif(not native.available(), reason="there is no C++ compiler")
 
@@ -80,6 +81,34 @@ def test_the_normaliser_of_what_is_not_finite():
     found = np.asarray(jax.jit(logsumexp_on_cpu)(x))
     np.testing.assert_allclose(found[:3], [np.log(199), -np.inf, np.inf], rtol=1e-6)
     assert np.isnan(found[3:]).all()
+
+
+def sorted_places(x, scale):
+    """Falling, NaN first, what comes first before its equals."""
+    scaled = x * np.float32(scale)
+    return np.lexsort((np.arange(x.size), -scaled, ~np.isnan(scaled)))
+
+
+@compiled
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 700, 4099])
+@pytest.mark.parametrize("scale", [1.0, 1 / 0.7, 1e-3])
+def test_the_largest_and_their_places(size, scale):
+    rng = np.random.default_rng(size)
+    x = rng.normal(size=(2, 8, size)).astype("f")
+    x[0, 0] = np.sort(x[0, 0])
+    x[0, 1] = np.round(2 * x[0, 1])  # equal ones
+    x[0, 2] = 0
+    x[0, 2, ::3] = -0.0
+    x[0, 3, : size // 2] = -np.inf
+    x[0, 4, size // 3] = np.nan
+    x[0, 5] = np.inf
+    x[0, 6] = np.nan
+    x[0, 7] = -x[0, 0]
+    for k in {1, min(50, size), max(1, size // 3), size}:
+        values, ids = jax.jit(top_k_on_cpu, static_argnums=(1, 2))(x, k, scale)
+        wanted = np.stack([sorted_places(row, scale)[:k] for row in x.reshape(-1, size)])
+        np.testing.assert_array_equal(ids, wanted.reshape(*x.shape[:-1], k))
+        np.testing.assert_array_equal(values, np.take_along_axis(x, np.asarray(ids), axis=-1))
 
 
 @compiled
