@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from iro_jax.guidance.params import GuidedParams
 from iro_jax.models import Cache, Network, Outputs, Sampling, draw, draw_keys
-from iro_jax.models.cache import inherit
+from iro_jax.models.cache import CachePart, inherit
 from iro_jax.models.network import Depth, Want
 from iro_jax.models.sampling import top_tokens
 from iro_jax.models.stop import START, STOPPED
@@ -29,7 +29,7 @@ class PolicyMemory:
 
     Attributes:
       cache: keys and values.
-      hidden: after the last token, `[P, K, B, D]`.
+      hidden: after the last token that was read, `[P, K, B, D]`.
       stops: state of the stop strings' automaton after it, `[P, K, B]`.
     """
 
@@ -73,8 +73,9 @@ class Segments:
 class PolicySampler:
     """Samples B chunks of up to L tokens behind every beam.
 
-    L tokens take L steps of the network: the last token of a chunk is read as well, so that
-    its hidden state is there for the next chunk and for heads on the policy's features.
+    L tokens take L steps of the network. The last token of a chunk is read as well: for heads on
+    the policy's features, its hidden state is there when the candidates are scored. Where there
+    are none, it is read at the beginning of the next chunk, for the beams that were kept.
 
     Attributes:
       network: the policy.
@@ -114,7 +115,7 @@ class PolicySampler:
             beam_width=beam_width,
             beam_slots=max_steps * self.chunk_length,
             num_successors=num_successors,
-            chunk_length=self.chunk_length,
+            chunk_length=self.chunk_length - self._reads_later,
         )
         outputs, cache = self.network.prefill(params.policy, cache, tokens, mask, want=self._want)
         assert outputs.hidden is not None
@@ -133,7 +134,7 @@ class PolicySampler:
         first_position = frontier.step * length
         limits = jnp.minimum(frontier.room, length)[..., None]
 
-        def extend(state):
+        def draw_next(state):
             i, alive, chunk, memory = state
             position = first_position + i
             draw_key = draw_keys(keys, position, shape[1] * shape[2]).reshape(shape)
@@ -144,40 +145,41 @@ class PolicySampler:
             if self.segments is not None:
                 alive = alive & ~((i >= self.segments.min_tokens) & self._in_doubt(logits))
             drawn = draw(draw_key, logits, self.sampling, noise, kernels=self.network.kernels)
-            outputs, cache = self.network.decode(
-                params.policy,
-                memory.cache,
-                drawn.tokens[..., None],
-                alive[..., None],
-                want=self._want,
-            )
-            outputs = jax.tree.map(lambda x: x[:, :, :, 0], outputs)
-
-            def update(new, old):
-                return jnp.where(alive.reshape(shape + (1,) * (new.ndim - 3)), new, old)
+            stops = self._advance(params, memory.stops, drawn.tokens)
+            ends = self._is_eos(drawn.tokens) | (stops == STOPPED)
 
             def put(new, buffer):
                 return lax.dynamic_update_index_in_dim(buffer, new, i, axis=-1)
 
-            stops = self._advance(params, memory.stops, drawn.tokens)
-            ends = self._is_eos(drawn.tokens) | (stops == STOPPED)
-            chunk = Chunk(
+            chunk = dataclasses.replace(
+                chunk,
                 tokens=put(drawn.tokens, chunk.tokens),
                 lengths=chunk.lengths + alive,
                 ended=chunk.ended | (alive & ends),
                 log_probs=put(drawn.log_probs, chunk.log_probs),
-                features=jax.tree.map(update, self._features(outputs), chunk.features),
             )
-            memory = PolicyMemory(
-                cache=cache,
-                hidden=update(outputs.hidden, memory.hidden),
-                stops=update(stops, memory.stops),
+            memory = dataclasses.replace(memory, stops=jnp.where(alive, stops, memory.stops))
+            return drawn.tokens, alive, alive & ~ends & (i + 1 < limits), chunk, memory
+
+        def extend(state):
+            tokens, drew, alive, chunk, memory = draw_next(state)
+            outputs, cache = self.network.decode(
+                params.policy, memory.cache, tokens[..., None], drew[..., None], want=self._want
             )
-            return i + 1, alive & ~ends & (i + 1 < limits), chunk, memory
+            outputs = jax.tree.map(lambda x: x[:, :, :, 0], outputs)
+
+            def update(new, old):
+                return jnp.where(drew[..., None], new, old)
+
+            features = jax.tree.map(update, self._features(outputs), chunk.features)
+            chunk = dataclasses.replace(chunk, features=features)
+            hidden = update(outputs.hidden, memory.hidden)
+            memory = dataclasses.replace(memory, cache=cache, hidden=hidden)
+            return state[0] + 1, alive, chunk, memory
 
         def unfinished(state):
             i, alive, _, _ = state
-            return (i < length) & jnp.any(alive)
+            return (i < memory.cache.chunk.slots) & jnp.any(alive)
 
         empty = Chunk(
             tokens=jnp.zeros((*shape, length), jnp.int32),
@@ -186,11 +188,54 @@ class PolicySampler:
             log_probs=jnp.zeros((*shape, length), jnp.float32),
             features=tuple(jnp.zeros_like(memory.hidden) for _ in self.features),
         )
+        if self._reads_later:
+            memory = self._read_last(params, memory, frontier)
         alive = frontier.open & (limits > 0)
-        _, _, chunk, memory = lax.while_loop(
-            unfinished, extend, (jnp.int32(0), alive, empty, memory)
-        )
+        state = lax.while_loop(unfinished, extend, (jnp.int32(0), alive, empty, memory))
+        if self._reads_later:
+            *_, chunk, memory = draw_next(state)
+        else:
+            *_, chunk, memory = state
         return chunk, memory
+
+    @property
+    def _reads_later(self) -> bool:
+        """Whether the last tokens of chunks are read when only those of the kept ones are left.
+
+        Nobody may want to know a candidate's hidden state then, and an unfinished one must have
+        all L tokens.
+        """
+        return not self.features and self.segments is None and self.chunk_length > 1
+
+    def _read_last(
+        self, params: GuidedParams, memory: PolicyMemory, frontier: Frontier
+    ) -> PolicyMemory:
+        """Reads the last token of every unfinished beam that has any."""
+        cache, beams = memory.cache, frontier.beams
+        last = jnp.maximum(beams.lengths - 1, 0)[..., None]
+        tokens = jnp.take_along_axis(beams.tokens, last, axis=-1)
+        unread = ((frontier.step > 0)[:, None] & ~beams.finished)[..., None]
+        config, rules = self.network.config, self.network.rules
+        place = CachePart.empty(config, tokens.shape, slots=1).pinned(rules)
+
+        def read():
+            outputs, read = self.network.decode(
+                params.policy,
+                dataclasses.replace(cache, chunk=place),
+                tokens[..., None],
+                unread[..., None],
+                want=("hidden",),
+            )
+            assert outputs.hidden is not None
+            hidden = jnp.where(unread[..., None], outputs.hidden[..., 0, :], memory.hidden)
+            return hidden, read.chunk
+
+        # Nothing is left to read before the first chunk.
+        hidden, last_one = lax.cond(jnp.any(unread), read, lambda: (memory.hidden, place))
+        whole = cache.beams.append(last_one.of_one_candidate())
+        return dataclasses.replace(
+            memory, cache=dataclasses.replace(cache, beams=whole), hidden=hidden
+        )
 
     def _in_doubt(self, logits: Float[Array, "P K B V"]) -> Bool[Array, "P K B"]:
         assert self.segments is not None

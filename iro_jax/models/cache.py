@@ -84,6 +84,40 @@ class CachePart:
         kv_heads = math.prod(stored.shape[:-2]) // math.prod(lead)
         return stored.reshape(*lead, kv_heads, slots, head_dim)
 
+    def append(self, new: CachePart) -> CachePart:
+        """Beams with the slots of another part of theirs behind their cursors.
+
+        There must be room for these slots. That is the caller's arithmetic, since the cursors are
+        traced.
+        """
+
+        def put(beams: Array, fresh: Array, axis: int) -> Array:
+            def of_prompt(beams, fresh, cursor):
+                return lax.dynamic_update_slice_in_dim(beams, fresh, cursor, axis)
+
+            return jax.vmap(of_prompt)(beams, fresh, self.cursor)
+
+        def put_layers(beams: tuple[Array, ...], fresh: tuple[Array, ...]) -> tuple[Array, ...]:
+            return tuple(
+                pack(put(self.unpack(x), new.unpack(y), -2))
+                for x, y in zip(beams, fresh, strict=True)
+            )
+
+        return CachePart(
+            keys=put_layers(self.keys, new.keys),
+            values=put_layers(self.values, new.values),
+            positions=put(self.positions, new.positions, -1),
+            lengths=self.lengths + new.lengths,
+            # Those of a prompt that is done go on, but hold nothing new.
+            cursor=jnp.minimum(self.cursor + new.slots, self.slots),
+        )
+
+    def of_one_candidate(self) -> CachePart:
+        """A chunk of one candidate a beam, as slots of its beam."""
+        return dataclasses.replace(
+            self, positions=self.positions[:, :, 0], lengths=self.lengths[:, :, 0]
+        )
+
     def specs(self, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> CachePart:
         """The same structure with a `PartitionSpec` for every array (or abstract array)."""
         lead = self.lengths.shape
@@ -189,32 +223,25 @@ class Cache:
         def select_chunks(x):
             return take(x.reshape(num_prompts, width * successors, *x.shape[3:]), parents)
 
-        positions, lengths = select_beams(self.beams.positions), select_beams(self.beams.lengths)
+        def of_layers(part: CachePart, layers: tuple[Array, ...], select) -> tuple[Array, ...]:
+            return tuple(pack(select(part.unpack(stored))) for stored in layers)
+
+        def selected(part: CachePart, select) -> CachePart:
+            return CachePart(
+                keys=of_layers(part, part.keys, select),
+                values=of_layers(part, part.values, select),
+                positions=select(part.positions),
+                lengths=select(part.lengths),
+                cursor=part.cursor,
+            )
+
+        beams = selected(self.beams, select_beams)
         if kept is not None:
             lengths = select_chunks(kept)
             end = self.prompt.lengths[:, None, None] + lengths[..., None]
-            positions = jnp.where(positions < end, positions, EMPTY)
-
-        def append(beams, chunk, axis):
-            def of_prompt(beams, chunk, cursor):
-                return lax.dynamic_update_slice_in_dim(beams, chunk, cursor, axis)
-
-            return jax.vmap(of_prompt)(beams, select_chunks(chunk), self.beams.cursor)
-
-        def extend_layers(beams, chunks):
-            unpacked = zip(
-                map(self.beams.unpack, beams), map(self.chunk.unpack, chunks), strict=True
-            )
-            return tuple(pack(append(select_beams(beam), chunk, -2)) for beam, chunk in unpacked)
-
-        beams = CachePart(
-            keys=extend_layers(self.beams.keys, self.chunk.keys),
-            values=extend_layers(self.beams.values, self.chunk.values),
-            positions=append(positions, self.chunk.positions, -1),
-            lengths=lengths + select_chunks(self.chunk.lengths),
-            # Those of a prompt that is done go on, but hold nothing new.
-            cursor=jnp.minimum(self.beams.cursor + self.chunk.slots, self.beams.slots),
-        )
+            positions = jnp.where(beams.positions < end, beams.positions, EMPTY)
+            beams = dataclasses.replace(beams, positions=positions, lengths=lengths)
+        beams = beams.append(selected(self.chunk, select_chunks))
         chunk = dataclasses.replace(
             self.chunk,
             positions=jnp.full_like(self.chunk.positions, EMPTY),
