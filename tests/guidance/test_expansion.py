@@ -106,6 +106,24 @@ def test_top_tokens_are_chosen_as_whole_prefixes_say(name):
         assert output.beams.tokens[row, 0, : output.beams.lengths[row, 0]].tolist() == answer
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "slots"),
+    [
+        ("two networks", {}, 3),
+        ("two networks", {"chunk_length": 1}, 1),
+        ("two networks", {"segments": Segments()}, 4),
+        ("policy heads", {}, 4),
+    ],
+)
+def test_last_tokens_wait_where_nobody_looks_at_candidates(name, changes, slots):
+    """They are read with the beams that are kept; `TestWatching` compares the answers."""
+    scorer, of_scorer = cases.scored()[name]
+    guided = cases.guided(scorer, **changes)
+    params = cases.guided_params(of_scorer)
+    root = jax.eval_shape(guided.root, params, *cases.batch(cases.prompts(1)))
+    assert root.expand_memory.cache.chunk.slots == slots
+
+
 def test_segments_end_where_the_policy_is_in_doubt():
     # The median entropy of this policy, so that some chunks end early and others do not.
     some = cases.prompts(12, seed=8, longest=12)
