@@ -18,7 +18,7 @@ from kernels import native
 def top_k_on_cpu(
     x: Float[Array, "*batch n"], k: int, scale: float = 1.0
 ) -> tuple[Float[Array, "*batch k"], Int[Array, "*batch k"]]:
-    """What `lax.top_k(x * scale, k)` finds: the entries of x, in falling order, and their places.
+    """What `lax.top_k(x * scale, k)` finds: entries in falling order, and their places.
 
     For programs that are lowered for a CPU, where `native.takes` x; has no derivatives.
     """

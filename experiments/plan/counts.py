@@ -75,9 +75,9 @@ def _parts(experiment: Experiment, places: Places, num_prompts: int) -> dict[str
     with whole_caches():
         found = {
             "prefill": _prefill(experiment.policy, whole.params.policy, whole),
-            "token": half.expand(),
+            "token": half.of_one_token().expand(),
             "commit": _commit(whole.caches["policy"][0], whole),
-            "sample": sampling.expand(),
+            "sample": sampling.of_one_token().expand(),
         }
         if not experiment.on_policy:
             value = experiment.value_networks(1)[0]

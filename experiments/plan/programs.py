@@ -118,6 +118,7 @@ class Search:
       num_prompts: P, in all.
       num_values: of the scorer; 0 is plain sampling.
       capacity: of the answers; the configured one if None.
+      chunk_length: of the candidates; the configured one if None.
     """
 
     experiment: Experiment
@@ -125,10 +126,18 @@ class Search:
     num_prompts: int
     num_values: int
     capacity: int | None = None
+    chunk_length: int | None = None
 
     @functools.cached_property
     def guided(self) -> GuidedSearch:
-        return self.experiment.guided(self.num_values, capacity=self.capacity)
+        guided = self.experiment.guided(self.num_values, capacity=self.capacity)
+        if self.chunk_length is None:
+            return guided
+        return dataclasses.replace(guided, chunk_length=self.chunk_length)
+
+    def of_one_token(self) -> Search:
+        """Whose `expand` reads one token of all candidates, without a loop, and puts off nothing."""
+        return dataclasses.replace(self, chunk_length=1)
 
     @functools.cached_property
     def params(self) -> GuidedParams:

@@ -170,11 +170,15 @@ class Network:
         positions = _positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
         module = self._module(params)
         stream, prompt = _apply(
-            module, tokens, positions, (), None, adapters, attend=attend_without_gradient
+            module,
+            tokens,
+            positions,
+            (),
+            None,
+            adapters,
+            attend=attend_without_gradient,
+            at=None if every_position else jnp.argmax(positions, axis=-1),
         )
-        if not every_position:
-            last = jnp.argmax(positions, axis=-1)[:, None, None]
-            stream = [jnp.take_along_axis(x, last, axis=1)[:, 0] for x in stream]
         cache = dataclasses.replace(cache, prompt=prompt.pinned(self.rules))
         return self._outputs(module, stream, want), cache
 
@@ -188,6 +192,7 @@ class Network:
         want: tuple[Want, ...] | None = None,
         adapters: Adapters | None = None,
         kept: Int[Array, "P K B"] | None = None,
+        at: Int[Array, "P K B"] | None = None,
     ) -> tuple[Outputs, Cache]:
         """Extends every candidate's chunk by N tokens (N = 1 when sampling).
 
@@ -199,9 +204,12 @@ class Network:
           adapters: as in `forward`.
           kept: how many of its beam's tokens each candidate still has; the tokens of its chunk
             stand in the place of the others. All by default. `Cache.commit` has to be told.
+          at: at which of its N tokens each candidate's outputs are wanted. The last layer then
+            computes keys and values of the others, and nothing else.
 
         Returns:
-          `Outputs` at every new token, `[P, K, B, N, ...]`, and the cache with them in it.
+          `Outputs` at every new token, `[P, K, B, N, ...]`, or of shape `[P, K, B, ...]` where
+          `at` says, and the cache with all tokens in it.
         """
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         _check_tokens(tokens, mask, rank=4)
@@ -229,6 +237,7 @@ class Network:
             before,
             attend=attend_without_gradient,
             kernels=self.kernels,
+            at=at,
         )
         return self._outputs(module, stream, want), dataclasses.replace(cache, chunk=chunk)
 
@@ -305,6 +314,7 @@ def _apply(
     remat: bool = False,
     attend: AttendFn = attend,
     kernels: Implementation = "xla",
+    at: Int[Array, "*lead"] | None = None,
 ) -> tuple[list[Float[Array, "*lead N D"]], CachePart]:
     """Runs new tokens through the layers.
 
@@ -318,10 +328,11 @@ def _apply(
       remat: layers are computed again for the gradient; the own part stays empty then.
       attend: attends to all parts.
       kernels: what does it for a decoded token, where a kernel can.
+      at: the one new token whose residual stream is wanted; all by default.
 
     Returns:
-      The residual stream before, between and after the layers, and the own part with the new
-      tokens in it.
+      The residual stream before, between and after the layers, without N where `at` says, and
+      the own part with the new tokens in it.
     """
     config = module.config
     if own is None:
@@ -394,11 +405,20 @@ def _apply(
             new_values.append(write(own.values[index], values))
             keys, values = own.unpack(new_keys[-1]), own.unpack(new_values[-1])
         *seen, seen_own = masks[window]
+        if index == last_with_choice:
+            *seen, seen_own = map(chosen, masks[window])
         stored = [
             Part(part.unpack(part.keys[index]), part.unpack(part.values[index]), mask, used)
             for part, mask, used in zip(context, seen, used_slots, strict=True)
         ]
         return [*stored, Part(keys, values, seen_own)]
+
+    # Only keys and values of the others are needed of the last layer.
+    last_with_choice = None if at is None else config.num_layers - 1
+
+    def chosen(x: Array) -> Array:
+        assert at is not None
+        return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - at.ndim)), at.ndim)
 
     stream = [module.embed(tokens)]
     for index, block in enumerate(module.layers):
@@ -411,6 +431,7 @@ def _apply(
             attend=functools.partial(attend_by_kernel, layer.window)
             if by_kernel and tokens.shape[-1] == 1
             else attend,
+            choose=chosen if index == last_with_choice else None,
         )
         stream.append((jax.checkpoint(apply) if remat else apply)(stream[-1]))
 
@@ -421,4 +442,7 @@ def _apply(
         lengths=lengths + jnp.sum(positions != EMPTY, axis=-1, dtype=jnp.int32),
         cursor=cursor + tokens.shape[-1],
     )
+    if at is not None:
+        whole = stream[: max(config.num_layers, 1)]
+        stream = [jnp.squeeze(x, at.ndim) for x in (*map(chosen, whole), *stream[len(whole) :])]
     return stream, written

@@ -251,8 +251,7 @@ def _most_likely(logits: Array, sampling: Sampling, axis: str | None) -> tuple[A
         from kernels.top_k_cpu import top_k_on_cpu
 
         # XLA multiplies by the inverse as well.
-        kept, ids = top_k_on_cpu(logits, k, float(np.float32(1) / np.float32(temperature)))
-        return kept / temperature, ids
+        return top_k_on_cpu(logits, k, float(np.float32(1) / np.float32(temperature)))
 
     if axis is not None or not native.takes(logits):
         return by_xla(logits)

@@ -200,6 +200,7 @@ class Block(nnx.Module):
         remember,
         adapters: Mapping[Target, Adapter],
         attend: AttendFn = attend,
+        choose: Callable[[Array], Array] | None = None,
     ) -> Array:
         """One layer.
 
@@ -210,11 +211,15 @@ class Block(nnx.Module):
             returns every part that the queries attend to.
           adapters: of this layer's projections, where they have one.
           attend: from queries, parts and the soft cap to what is attended to.
+          choose: takes the tokens, along `length`, that go on; of the others there are keys and
+            values.
         """
         queries, keys, values = self.attention.project(
             self.attention_norm(x), rope_tables, adapters.get("qkv")
         )
         parts = remember(keys, values)
+        if choose is not None:
+            x, queries = choose(x), choose(queries)
         attended = self.attention.mix(queries, parts, adapters.get("output"), attend)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)

@@ -171,6 +171,7 @@ class ValueNetwork:
           kept: how many of its beam's tokens each candidate continues from; all by default.
         """
         kept = None if kept is None else self._tile(kept)
+        positions = jnp.arange(mask.shape[-1])
         outputs, cache = self.network.decode(
             params.backbone,
             memory.cache,
@@ -179,15 +180,9 @@ class ValueNetwork:
             want=self._want,
             adapters=params.adapters,
             kept=kept,
+            at=self._tile(jnp.max(jnp.where(mask, positions, 0), axis=-1)),
         )
-        positions = jnp.arange(mask.shape[-1])
-        last = self._tile(jnp.max(jnp.where(mask, positions, 0), axis=-1, keepdims=True))
-
-        def at_last(x):
-            index = last.reshape(*last.shape, *(1,) * (x.ndim - last.ndim))
-            return jnp.take_along_axis(x, index, axis=3)[:, :, :, 0]
-
-        return self._values(params, jax.tree.map(at_last, outputs)), ValueMemory(cache, kept)
+        return self._values(params, outputs), ValueMemory(cache, kept)
 
     def _tile(self, x: Array) -> Array:
         return jnp.tile(x, (self._copies, *(1,) * (x.ndim - 1)))

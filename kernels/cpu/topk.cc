@@ -1,9 +1,8 @@
-// The k largest numbers of each row and where they are, in falling order, as an XLA custom call.
+// The k largest numbers of each scaled row and where they are, as an XLA custom call.
 //
-//   values[m, i] = x[m, ids[m, i]]        f32
+//   values[m, i] = x[m, ids[m, i]] * scale        f32, falling
 //
-// What is ordered is x * scale, rounded to f32: NaN before all numbers, 0 equal to -0, and what comes
-// first before its equals. Among k of the largest lie in the k blocks with the largest maxima, so
+// NaN comes before all numbers, 0 is equal to -0, and what comes first is before its equals. Among k of the largest lie in the k blocks with the largest maxima, so
 // that only these are looked at number by number.
 
 #include <algorithm>
@@ -94,7 +93,7 @@ void TopK(const float* x, int64_t n, int64_t k, float scale, Scratch& s, float* 
     }
   }
   std::sort_heap(s.kept.begin(), s.kept.end());
-  for (int64_t i = 0; i < k; ++i) values[i] = x[s.kept[i].id], ids[i] = s.kept[i].id;
+  for (int64_t i = 0; i < k; ++i) values[i] = x[s.kept[i].id] * scale, ids[i] = s.kept[i].id;
 }
 
 ffi::Error TopKs(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
