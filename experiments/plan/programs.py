@@ -136,7 +136,7 @@ class Search:
         return dataclasses.replace(guided, chunk_length=self.chunk_length)
 
     def of_one_token(self) -> Search:
-        """Whose `expand` reads one token of all candidates, without a loop, and puts off nothing."""
+        """Whose `expand` reads one token of all candidates: no loop, and nothing is put off."""
         return dataclasses.replace(self, chunk_length=1)
 
     @functools.cached_property
