@@ -443,6 +443,5 @@ def _apply(
         cursor=cursor + tokens.shape[-1],
     )
     if at is not None:
-        whole = stream[: max(config.num_layers, 1)]
-        stream = [jnp.squeeze(x, at.ndim) for x in (*map(chosen, whole), *stream[len(whole) :])]
+        stream = [jnp.squeeze(x, at.ndim) for x in (*map(chosen, stream[:-1]), stream[-1])]
     return stream, written
