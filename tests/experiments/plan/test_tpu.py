@@ -46,11 +46,15 @@ def test_caches_are_those_of_the_formula(case):
     slot = 2 * 2 * LAYERS * KV_HEADS * HEAD / mesh["model"]
     steps, slots = TOKENS // CHUNK, facts["value_slots"]
     assert slots == 2 * CHUNK  # a bridge's
-    for owner, copies, chunk in (("policy", 1, CHUNK), ("values", 3, slots)):
+    # The last token of a policy's chunk is read into the beam that it is kept for.
+    for owner, copies, chunk, apart in (
+        ("policy", 1, CHUNK, CHUNK - 1),
+        ("values", 3, slots, slots),
+    ):
         by_hand = {
             "prompt": facts["prompt_tokens"],
             "beams": BEAMS * steps * chunk,
-            "chunk": CANDIDATES * chunk,
+            "chunk": CANDIDATES * apart,
         }
         for part, number in by_hand.items():
             found = facts["held"][f"{owner}: {part} cache"]
