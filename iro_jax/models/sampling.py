@@ -215,7 +215,8 @@ def warp(
     """Warped logits, -inf where a token is ruled out, and the ids they belong to.
 
     With `top_k` these are the k most likely tokens in falling order; without it the whole
-    vocabulary, its ids of shape `[1, ..., 1, V]`. Temperature 0 is not a distribution.
+    vocabulary, its ids of shape `[1, ..., 1, V]`. Temperature 0 is not a distribution. On one CPU
+    device, `top_k` is without derivatives.
     """
     if sampling.temperature == 0:
         raise ValueError("Greedy decoding has no warped logits. Got: temperature=0")

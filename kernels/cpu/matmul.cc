@@ -58,29 +58,29 @@ struct Weights {
     }
   }
 
-  // The i-th of a panel's `depth` runs of kColumns numbers.
-  const float* Run(const float* corner, int64_t i) const {
+  // The i-th of a panel's `depth` pieces of kColumns numbers.
+  const float* Piece(const float* corner, int64_t i) const {
     return kTransposed ? corner + i % kColumns * k + i / kColumns * kColumns : corner + i * n;
   }
 };
 
-// Fetches every `every`th run of a panel into the cache that lies behind the nearest. Spread over
+// Fetches every `every`th piece of a panel into the cache that lies behind the nearest. Spread over
 // the tiles, it leaves room for the loads of the products.
 template <bool kTransposed>
 struct Fetch {
   Weights<kTransposed> weights;
   const float* corner;
-  int64_t run;
+  int64_t piece;
   int every, left;
 
   void operator()(int64_t) {
     if (--left > 0) return;
     left = every;
     constexpr int kLine = 16;
-    const float* numbers = weights.Run(corner, run);
+    const float* numbers = weights.Piece(corner, piece);
 #pragma GCC unroll 3
     for (int64_t i = 0; i < kColumns; i += kLine) __builtin_prefetch(numbers + i, 0, 2);
-    run += every;
+    piece += every;
   }
 };
 

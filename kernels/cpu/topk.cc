@@ -2,8 +2,9 @@
 //
 //   values[m, i] = x[m, ids[m, i]] * scale        f32, falling
 //
-// NaN comes before all numbers, 0 is equal to -0, and what comes first is before its equals. Among k of the largest lie in the k blocks with the largest maxima, so
-// that only these are looked at number by number.
+// NaN comes before all numbers, 0 is equal to -0, and what comes first is before its equals. The k
+// largest are no less than the k-th largest of the blocks' maxima, so that only blocks which reach
+// it are looked at number by number.
 
 #include <algorithm>
 #include <cstdint>

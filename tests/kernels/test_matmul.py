@@ -52,7 +52,7 @@ def test_a_row_does_not_depend_on_those_beside_it():
     x, w = operands(700, 600, 100)
     for product, weights in ((matmul, w), (matmul_transposed, w.T.copy())):
         whole = np.asarray(jax.jit(product)(x, weights))
-        for first, last in ((0, 8), (3, 300), (255, 264), (690, 700)):
+        for first, last in ((5, 9), (0, 8), (3, 300), (255, 264), (690, 700)):
             part = jax.jit(product)(x[first:last], weights)
             np.testing.assert_array_equal(part, whole[first:last])
 
@@ -117,7 +117,7 @@ def test_shapes_that_do_not_fit():
 
 PROGRAM = """
 import jax.numpy as jnp
-from kernels import matmul, matmul_transposed, native
+from kernels import matmul, native
 print(float(matmul(jnp.ones((8, 3)), jnp.ones((3, 5))).sum()), native.available())
 """
 

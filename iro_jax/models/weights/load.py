@@ -254,7 +254,8 @@ def _load(
         disable=None if total > _PROGRESS_BYTES else True,
     )
     # CPU devices keep the memory that weights were read into, others copy it.
-    on_cpu = jax.local_devices()[0].platform == "cpu"
+    devices: set[jax.Device] = next(iter(shardings.values())).device_set
+    on_cpu = all(device.platform == "cpu" for device in devices)
     empty = HostMemory().empty if on_cpu else np.empty
     loaded = {}
     with progress:
