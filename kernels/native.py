@@ -27,6 +27,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array
 
 MATMUL, MATMUL_TRANSPOSED = "iro_jax_matmul", "iro_jax_matmul_transposed"
+MATMUL_CODED = "iro_jax_matmul_coded"
 ATTEND = "iro_jax_attend"
 ROTATE = "iro_jax_rotate_heads"
 LOGSUMEXP, TOP_K = "iro_jax_logsumexp", "iro_jax_top_k"
@@ -35,6 +36,7 @@ LOGSUMEXP, TOP_K = "iro_jax_logsumexp", "iro_jax_top_k"
 _SYMBOLS = {
     MATMUL: "IroMatmul",
     MATMUL_TRANSPOSED: "IroMatmulTransposed",
+    MATMUL_CODED: "IroMatmulCoded",
     ATTEND: "IroAttend",
     ROTATE: "IroRotateHeads",
     LOGSUMEXP: "IroLogSumExp",

@@ -44,6 +44,7 @@ from iro_jax.guidance import GuidedSearch
 from iro_jax.models import (
     Pretrained,
     bucket_length,
+    code_weights,
     from_pretrained,
     generate,
     pad_prompts,
@@ -91,7 +92,7 @@ def scorings(model: Pretrained) -> dict[str, tuple[Callable[[], Scoring], int, i
 def ours(model: Pretrained, search: GuidedSearch, params: object, number: int) -> Run:
     """A search of so many prompts together."""
     called_with = arguments(search, model.params, params, number, _LENGTH.value)
-    return functools.partial(jax.jit(search), *called_with)
+    return functools.partial(jax.jit(search), *code_weights(called_with))
 
 
 def matmuls(
@@ -110,7 +111,8 @@ def matmuls(
     program = functools.partial(
         search_matmuls, candidates=candidates, chunk_length=chunk_length, num_chunks=num_chunks
     )
-    return functools.partial(jax.jit(program), model.params, (model.params,) * networks, x)
+    weights = code_weights(model.params)
+    return functools.partial(jax.jit(program), weights, (weights,) * networks, x)
 
 
 def row(name: str, size: int, work: int, own: float, floor: float, peers: float) -> tuple[str, ...]:
@@ -169,7 +171,9 @@ def sampling_row(model: Pretrained, size: int, shared: bool, peer: Peer) -> tupl
         num_samples=each,
     )
     runs: dict[str, Run] = {
-        "ours": functools.partial(jax.jit(program), model.params, keys, batch.tokens, batch.mask),
+        "ours": functools.partial(
+            jax.jit(program), code_weights(model.params), keys, batch.tokens, batch.mask
+        ),
         # The first token is drawn from what reading the prompts gives.
         "matmuls": matmuls(model, number, candidates=size, chunk_length=_TOKENS.value - 1),
         "peer": functools.partial(

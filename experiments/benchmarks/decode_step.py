@@ -7,11 +7,16 @@ with every weight matrix, the unembedding included, and nothing else. This print
 whole step is from it: embedding, norms, rotation, attention over the three-part cache,
 cache writes, the layers' matmuls, unembedding and the draw of the next token. Both run as
 one program over a chunk of 16 tokens, take turns, and are compared by their medians.
+
+Where weights can be coded (`iro_jax.models.code_weights`), as `Guide` and `Sampler` have them, step
+and matmuls are measured with codes as well: both are faster, and what is beside the products
+weighs more. The last column compares a step with the matmuls of whole weights.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +25,14 @@ from absl import app, flags, logging
 from jax import lax
 from jaxtyping import Array
 
-from experiments.benchmarks.common import medians
+from experiments.benchmarks.common import Run, medians
 from experiments.benchmarks.floor import decode_matmuls
 from iro_jax.models import (
     Cache,
     Network,
     Params,
     Sampling,
+    code_weights,
     draw,
     draw_keys,
     from_pretrained,
@@ -59,8 +65,8 @@ def sample_chunk(
     return lax.fori_loop(0, CHUNK, step, (cache, tokens))
 
 
-def measure(network: Network, params: Params, sequences: int) -> tuple[float, float]:
-    """Median seconds of a decode step and of its matmuls."""
+def measure(network: Network, weights: Mapping[str, Params], sequences: int) -> dict[str, float]:
+    """Median seconds of a decode step and of its matmuls, for every form of the weights."""
     num_prompts = sequences // (BEAMS * SUCCESSORS)
     sampling = Sampling(temperature=0.7, top_k=_TOP_K.value or None)
     keys = prompt_keys(0, [str(index) for index in range(num_prompts)])
@@ -75,23 +81,22 @@ def measure(network: Network, params: Params, sequences: int) -> tuple[float, fl
         num_successors=SUCCESSORS,
         chunk_length=CHUNK,
     )
-    _, cache = jax.jit(network.prefill)(params, cache, prompts, mask)
+    _, cache = jax.jit(network.prefill)(weights["whole"], cache, prompts, mask)
     tokens = jnp.asarray(rng.integers(0, 100, (num_prompts, BEAMS, SUCCESSORS, 1), np.int32))
     chunk = jax.jit(functools.partial(sample_chunk, network, sampling))
     commit = jax.jit(Cache.commit)
     parents = jnp.tile(jnp.arange(BEAMS) * SUCCESSORS, (num_prompts, 1))
     for _ in range(BEAM_SLOTS // CHUNK):
-        cache, _ = chunk(params, keys, cache, tokens)
+        cache, _ = chunk(weights["whole"], keys, cache, tokens)
         cache = commit(cache, parents)
 
     matmuls = jax.jit(functools.partial(decode_matmuls, num_steps=CHUNK))
     x = jnp.asarray(rng.normal(size=(sequences, network.config.embed_dim)), network.config.dtype)
-    runs = {
-        "steps": functools.partial(chunk, params, keys, cache, tokens),
-        "matmuls": functools.partial(matmuls, params, x),
-    }
-    found = medians(runs, _ROUNDS.value)
-    return found["steps"] / CHUNK, found["matmuls"] / CHUNK
+    runs: dict[str, Run] = {}
+    for form, params in weights.items():
+        runs[f"{form} steps"] = functools.partial(chunk, params, keys, cache, tokens)
+        runs[f"{form} matmuls"] = functools.partial(matmuls, params, x)
+    return {name: taken / CHUNK for name, taken in medians(runs, _ROUNDS.value).items()}
 
 
 def main(argv: list[str]) -> None:
@@ -100,14 +105,24 @@ def main(argv: list[str]) -> None:
     model = from_pretrained(_MODEL.value, dtype=_DTYPE.value)
     device = jax.devices()[0].device_kind
     print(f"{_MODEL.value}, {model.network.config.dtype}, {device}, JAX {jax.__version__}")
-    print(f"{'sequences':>9} {'step ms':>9} {'matmuls ms':>11} {'ratio':>7} {'tokens/s':>9}")
+    weights = {"whole": model.params}
+    coded = code_weights(model.params)
+    if len(jax.tree.leaves(coded)) > len(jax.tree.leaves(model.params)):
+        weights["coded"] = coded
+    print(
+        f"{'sequences':>9} {'weights':>7} {'step ms':>9} {'matmuls ms':>11} {'ratio':>7}"
+        f" {'tokens/s':>9} {'to whole matmuls':>17}"
+    )
     for sequences in map(int, _SEQUENCES.value):
-        step, floor = measure(model.network, model.params, sequences)
-        print(
-            f"{sequences:9d} {1e3 * step:9.1f} {1e3 * floor:11.1f} {step / floor:7.2f}"
-            f" {sequences / step:9.0f}",
-            flush=True,
-        )
+        found = measure(model.network, weights, sequences)
+        for form in weights:
+            step, floor = found[f"{form} steps"], found[f"{form} matmuls"]
+            print(
+                f"{sequences:9d} {form:>7} {1e3 * step:9.1f} {1e3 * floor:11.1f}"
+                f" {step / floor:7.2f} {sequences / step:9.0f}"
+                f" {step / found['whole matmuls']:17.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -8,28 +8,37 @@ same kernels, as often as a step or a search does. What they compute means nothi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from iro_jax.models import Params
-from kernels import matmul, matmul_transposed
+from kernels import Coded, matmul, matmul_coded, matmul_transposed
+
+Product: TypeAlias = Callable[[Array, Array], Array]
 
 
 def layer_matmuls(
-    params: Params, x: Float[Array, "rows D"], product: Callable[[Array, Array], Array] = matmul
+    params: Params, x: Float[Array, "rows D"], product: Product = matmul
 ) -> Float[Array, "rows D"]:
-    """The products of all layers, for every row."""
-    layers = [params["layers"][index] for index in params["layers"]]
-    for layer in layers:
+    """The products of all layers, for every row; `product` computes those of weights in f32."""
+    width = x.shape[-1]
+    for index in params["layers"]:
+        layer = params["layers"][index]
         for room, first, second in (("attention", "qkv", "output"), ("mlp", "up", "down")):
-            kernel = layer[room][first]["kernel"].get_value()
-            hidden = product(x, kernel.reshape(x.shape[-1], -1))
             kernel = layer[room][second]["kernel"].get_value()
-            kernel = kernel.reshape(-1, x.shape[-1])
-            x = product(hidden[:, : kernel.shape[0]], kernel)
+            inner = kernel.num_inputs if isinstance(kernel, Coded) else kernel.size // width
+            hidden = _multiply(x, layer[room][first]["kernel"].get_value(), product)
+            x = _multiply(hidden[:, :inner], kernel, product)
     return x
+
+
+def _multiply(x: Array, kernel: Array | Coded, product: Product) -> Array:
+    if isinstance(kernel, Coded):
+        return matmul_coded(x, kernel)
+    return product(x, kernel.reshape(x.shape[-1], -1))
 
 
 def decode_matmuls(
@@ -42,7 +51,8 @@ def decode_matmuls(
         x = layer_matmuls(params, x)
         # All logits are computed, and by a product of its own: XLA on CPU would compute it three
         # times slower in one loop with whatever reads them.
-        logits = lax.optimization_barrier(matmul_transposed(x, table))
+        product = matmul_coded if isinstance(table, Coded) else matmul_transposed
+        logits = lax.optimization_barrier(product(x, table))
         return x + 1e-6 * logits[:, :1]
 
     return lax.fori_loop(0, num_steps, step, x)

@@ -48,6 +48,7 @@ from iro_jax.models import (
     Pretrained,
     Sampling,
     TextFormat,
+    code_weights,
     pad_prompts,
     render,
 )
@@ -142,7 +143,7 @@ class ApiGuide:
             bytes_per_token=bytes_per_token,
             stop_strings=stop_strings,
         )
-        self.params = GuidedParams({}, scorer_params)
+        self.params = code_weights(GuidedParams({}, scorer_params))
         contexts = [n.network.config.context_length for n in _value_networks(scorer)]
         self.text_format = text_format.beside(max_new_tokens, contexts)
         self._sizes: dict[str, Any] = {

@@ -45,6 +45,7 @@ from iro_jax.models import (
     Pretrained,
     Sampling,
     TextFormat,
+    code_weights,
     pad_prompts,
     render,
     same_tokenizer,
@@ -154,7 +155,7 @@ class Guide:
             vocabulary = policy.network.config.vocab_size
             self._token_bytes = token_bytes(self.tokenizer, vocabulary)
             table = jnp.asarray(stop_table(self.stop_strings, self._token_bytes))
-        self.params = GuidedParams(policy.params, scorer_params, table)
+        self.params = code_weights(GuidedParams(policy.params, scorer_params, table))
         contexts = [network.config.context_length for network in _networks(self.search)]
         self.text_format = text_format.beside(max_new_tokens, contexts)
         # A program that asks the host in between is for one CPU.

@@ -1,6 +1,7 @@
 """Decoder-only transformers as pure functions: networks, caches, weights, text, sampling."""
 
 from iro_jax.models.cache import Cache, CachePart
+from iro_jax.models.coded import code_weights
 from iro_jax.models.config import Layer, TransformerConfig
 from iro_jax.models.families import FAMILIES, translate_config
 from iro_jax.models.generate import (
@@ -55,6 +56,7 @@ __all__ = [
     "TextFormat",
     "TransformerConfig",
     "bucket_length",
+    "code_weights",
     "draw",
     "draw_keys",
     "from_pretrained",

@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 from tqdm.auto import tqdm
 
+from iro_jax.models.coded import code_weights
 from iro_jax.models.network import Network, Params
 from iro_jax.models.sampling import Sampling, draw
 from iro_jax.models.sharding import where
@@ -297,6 +298,7 @@ class Sampler:
                 f" 1. Got: max_new_tokens={max_new_tokens}, batch_size={batch_size}"
             )
         self.model = model
+        self._params = code_weights(model.params)
         self.batch_size = batch_size
         limit = room if text_format.max_length is None else min(room, text_format.max_length)
         self.text_format = dataclasses.replace(text_format, max_length=limit)
@@ -338,8 +340,8 @@ class Sampler:
         bar = tqdm(total=len(prompts), unit="prompt", disable=not progress)
         for batch in batch_prompts(rendered, names, seed=seed, batch_size=self.batch_size):
             [padded] = batch.prompts
-            arrays = (self.model.params, batch.keys, padded.tokens, padded.mask)
-            with where(self.model.params):
+            arrays = (self._params, batch.keys, padded.tokens, padded.mask)
+            with where(self._params):
                 sampled = jax.device_get(self._generate(*arrays, num_samples=num_samples))
             for row, index in enumerate(batch.indices):
                 answers[index] = [self._complete(sampled, row, n) for n in range(num_samples)]

@@ -66,15 +66,18 @@ class Projection(nnx.Module):
     def __call__(self, x: Array, adapter: Adapter | None = None) -> Array:
         batch = x.shape[: x.ndim - len(self.inputs)]
         rows = x.reshape(math.prod(batch), math.prod(self.inputs))
-        kernel = self.kernel[...].astype(x.dtype)
-        if automatic_mesh() is None:
-            from kernels import matmul  # Pallas, beside it, takes a third of a second to import
+        kernel = self.kernel.get_value()
+        # Pallas, beside them, takes a third of a second to import.
+        from kernels import Coded, matmul, matmul_coded
 
-            y = matmul(rows, kernel.reshape(rows.shape[-1], math.prod(self.outputs)))
-            y = y.reshape(*batch, *self.outputs)
+        if isinstance(kernel, Coded):
+            y = matmul_coded(rows, kernel).reshape(*batch, *self.outputs)
+        elif automatic_mesh() is None:
+            kernel = kernel.astype(x.dtype).reshape(rows.shape[-1], math.prod(self.outputs))
+            y = matmul(rows, kernel).reshape(*batch, *self.outputs)
         else:
             # A reshape that hides by which axis a kernel is split would have all of it gathered.
-            y = jnp.tensordot(x, kernel, len(self.inputs))
+            y = jnp.tensordot(x, kernel.astype(x.dtype), len(self.inputs))
         if adapter is not None:
             y += adapter.change(rows).reshape(y.shape)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
@@ -249,23 +252,33 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*batch length"]) -> Float[Array, "*batch length D"]:
         dtype = jnp.dtype(self.config.dtype)
-        x = whole_rows(self.embedding[...])[tokens].astype(dtype)
+        x = self._rows(tokens).astype(dtype)
         if self.config.scale_embeddings:
             x *= jnp.asarray(math.sqrt(self.config.embed_dim), dtype)
         return spread_batch(x)
+
+    def _rows(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        from kernels import Coded
+
+        table = self.embedding.get_value()
+        return table.outputs(tokens) if isinstance(table, Coded) else whole_rows(table)[tokens]
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits over the vocabulary, f32, from final hidden states."""
         if self.score_head is not None:
             raise ValueError("This network has no language-model head. Got: config.head='score'")
         table = self.embedding if self.unembedding is None else self.unembedding
-        weights = table[...].astype(hidden.dtype)
-        if automatic_mesh() is None and hidden.dtype == jnp.float32:
-            from kernels import matmul_transposed
+        weights = table.get_value()
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        shape = (*hidden.shape[:-1], self.config.vocab_size)
+        from kernels import Coded, matmul_coded, matmul_transposed
 
-            logits = matmul_transposed(hidden.reshape(-1, hidden.shape[-1]), weights)
-            logits = logits.reshape(*hidden.shape[:-1], weights.shape[0])
+        if isinstance(weights, Coded):
+            logits = matmul_coded(rows.astype(jnp.float32), weights).reshape(shape)
+        elif automatic_mesh() is None and hidden.dtype == jnp.float32:
+            logits = matmul_transposed(rows, weights.astype(jnp.float32)).reshape(shape)
         else:
+            weights = weights.astype(hidden.dtype)
             logits = jnp.einsum(
                 "...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32
             )

@@ -2,8 +2,9 @@
 //
 //   y[m, n] = sum_k x[m, k] * w[k, n]        f32, row-major, m at least a few rows
 //
-// or of w stored as its transpose, [n, k]. The columns are cut into panels. A task copies a panel of w, which is then read from a core's
-// own cache for all rows of a block, and multiplies it in tiles:
+// or of w stored as its transpose, or as codes of few bits. The columns are cut into panels. A task
+// copies a panel of w, which is then read from a core's own cache for all rows of a block, and
+// multiplies it in tiles:
 //
 //              kColumns
 //          +-----+-----+---
@@ -18,6 +19,7 @@
 #include "tasks.h"
 #include "tiles.h"
 #include "vectors.h"
+#include "weights.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace iro_jax {
@@ -29,90 +31,54 @@ constexpr int64_t kDepth = 576;
 constexpr int64_t kRowBlock = 256;
 // Up to kSomeRows rows memory takes much of the time, up to kFewRows most of it. Panels are only
 // kMiddle and kShallow deep then: they lie in the nearest cache while the next one is fetched.
-// A panel of transposed weights is never shallow: its rows lie side by side in memory.
 constexpr int64_t kFewRows = 32, kShallow = 48, kSomeRows = 160, kMiddle = 192;
 // Tasks that each thread should find at least, and panels of a task at most.
 constexpr int64_t kTasks = 4, kPanels = 4;
 
-// The weights as they are stored: [k, n], or [n, k] if they are transposed.
-template <bool kTransposed>
-struct Weights {
-  const float* w;
-  int64_t n, k;
-
-  const float* Corner(int64_t from, int64_t column) const {
-    return kTransposed ? w + column * k + from : w + from * n + column;
-  }
-
-  // Copies `depth` rows of up to kColumns columns; the missing columns are zero.
-  void Pack(const float* corner, int64_t depth, int64_t columns, float* panel) const {
-    if (columns < kColumns) std::fill_n(panel, depth * kColumns, 0.0f);
-    if (kTransposed) {
-      Transpose(corner, k, columns, depth, panel, kColumns);
-    } else if (columns < kColumns) {
-      for (int64_t i = 0; i < depth; ++i) std::copy_n(corner + i * n, columns, panel + i * kColumns);
-    } else {  // by registers: a call of memmove a row takes a tenth of all time
-      for (int64_t i = 0; i < depth; ++i, corner += n, panel += kColumns)
-#pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) At(panel + v * kLanes) = At(corner + v * kLanes);
-    }
-  }
-
-  // The i-th of a panel's `depth` pieces of kColumns numbers.
-  const float* Piece(const float* corner, int64_t i) const {
-    return kTransposed ? corner + i % kColumns * k + i / kColumns * kColumns : corner + i * n;
-  }
-};
-
-// Fetches every `every`th piece of a panel into the cache that lies behind the nearest. Spread over
-// the tiles, it leaves room for the loads of the products.
-template <bool kTransposed>
+// Fetches every `every`th piece of the panel at (from, column) into the cache that lies behind the
+// nearest. Spread over the tiles, it leaves room for the loads of the products.
+template <typename Weights>
 struct Fetch {
-  Weights<kTransposed> weights;
-  const float* corner;
-  int64_t piece;
+  Weights weights;
+  int64_t from, column, piece;
   int every, left;
 
   void operator()(int64_t) {
     if (--left > 0) return;
     left = every;
-    constexpr int kLine = 16;
-    const float* numbers = weights.Piece(corner, piece);
-#pragma GCC unroll 3
-    for (int64_t i = 0; i < kColumns; i += kLine) __builtin_prefetch(numbers + i, 0, 2);
+    weights.Fetch(from, column, piece);
     piece += every;
   }
 };
 
-template <bool kTransposed>
+template <typename Weights>
 struct Product {
   const float* x;
-  Weights<kTransposed> w;
+  Weights w;
   float* y;
-  int64_t m;
+  int64_t m, n, k;
 
   // `after` is the column of the panel that is likely to come next.
   void Panel(int64_t column, int64_t top, int64_t after) const {
     alignas(64) static thread_local float panel[kDepth * kColumns], spare[kRowBlock * kColumns];
-    const int64_t n = w.n, k = w.k;
     const int64_t rows = std::min(kRowBlock, m - top), columns = std::min(kColumns, n - column);
     float *out = y + top * n + column, *c = out;
     int64_t c_row = n;
     if (columns < kColumns) c = spare, c_row = kColumns;  // a tile would write over the edge
-    const int64_t step = m > kSomeRows                ? kDepth
-                         : kTransposed || m > kFewRows ? kMiddle
-                                                       : kShallow;
+    const bool shallow = Weights::kShallow && m <= kFewRows;
+    const int64_t step = m > kSomeRows ? kDepth : shallow ? kShallow : kMiddle;
     for (int64_t from = 0; from < k; from += step) {
       const int64_t depth = std::min(step, k - from);
-      const float *a = x + top * k + from, *b = w.Corner(from, column);
-      w.Pack(b, depth, columns, panel);
+      const float* a = x + top * k + from;
+      w.Pack(from, column, depth, columns, panel);
       int64_t row = 0;
       if (m <= kSomeRows) {
         const int tiles = rows / kRows;
-        const float* next = from + step < k ? w.Corner(from + step, column) : w.Corner(0, after);
+        const bool below = from + step < k;
+        const int64_t next = below ? from + step : 0, beside = below ? column : after;
         for (int tile = 0; tile < tiles; ++tile, row += kRows)
           Tile<kRows, kVectors>(a + row * k, k, panel, kColumns, depth, c + row * c_row, c_row,
-                                from > 0, Fetch<kTransposed>{w, next, tile, tiles, tile + 1});
+                                from > 0, Fetch<Weights>{w, next, beside, tile, tiles, tile + 1});
       }
       Tiles<kRows, kVectors>(rows - row, a + row * k, k, panel, kColumns, depth, c + row * c_row,
                              c_row, from > 0);
@@ -122,17 +88,14 @@ struct Product {
   }
 };
 
-template <bool kTransposed>
-ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::F32> w,
-                  ffi::Result<ffi::BufferR2<ffi::F32>> y) {
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[!kTransposed];
-  if (w.dimensions()[kTransposed] != k || y->dimensions()[0] != m || y->dimensions()[1] != n)
-    return ffi::Error::InvalidArgument("x, w and y must be [m, k], [k, n] and [m, n]");
+template <typename Weights>
+ffi::Error Multiply(ffi::ThreadPool& pool, const float* x, const Weights& w, float* y, int64_t m,
+                    int64_t n, int64_t k) {
   if (k == 0) {
-    std::fill_n(y->typed_data(), m * n, 0.0f);
+    std::fill_n(y, m * n, 0.0f);
     return ffi::Error::Success();
   }
-  const Product<kTransposed> product{x.typed_data(), {w.typed_data(), n, k}, y->typed_data(), m};
+  const Product<Weights> product{x, w, y, m, n, k};
   const int64_t panels = Parts(n, kColumns), threads = Threads(pool);
   const int64_t group = std::clamp<int64_t>(panels / (kTasks * threads), 1, kPanels);
   const int64_t groups = Parts(panels, group);
@@ -144,6 +107,32 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2
                     (panel + 1 < last ? panel + 1 : next_first) * kColumns);
   });
   return ffi::Error::Success();
+}
+
+template <bool kTransposed>
+ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::F32> w,
+                  ffi::Result<ffi::BufferR2<ffi::F32>> y) {
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[!kTransposed];
+  if (w.dimensions()[kTransposed] != k || y->dimensions()[0] != m || y->dimensions()[1] != n)
+    return ffi::Error::InvalidArgument("x, w and y must be [m, k], [k, n] and [m, n]");
+  const Whole<kTransposed> weights{w.typed_data(), n, k};
+  return Multiply(pool, x.typed_data(), weights, y->typed_data(), m, n, k);
+}
+
+ffi::Error MatmulCoded(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR3<ffi::S32> words,
+                       ffi::BufferR4<ffi::F32> lines, ffi::Result<ffi::BufferR2<ffi::F32>> y) {
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
+  const int64_t panels = Parts(n, kCodedWidth), bits = 32 * words.dimensions()[1] / std::max<int64_t>(k, 1);
+  const auto width = words.dimensions()[2], blocks = lines.dimensions()[1];
+  if (y->dimensions()[0] != m || words.dimensions()[0] != panels || width != kCodedWidth ||
+      lines.element_count() != panels * blocks * 2 * width || blocks * kCodedBlock != k ||
+      (bits != 4 && bits != 8))
+    return ffi::Error::InvalidArgument("x, words, lines and y must be of one product; see weights.h");
+  const auto multiply = [&](auto w) {
+    return Multiply(pool, x.typed_data(), w, y->typed_data(), m, n, k);
+  };
+  return bits == 4 ? multiply(Coded<4>{words.typed_data(), lines.typed_data(), k})
+                   : multiply(Coded<8>{words.typed_data(), lines.typed_data(), k});
 }
 
 constexpr auto MatmulOf = Matmul<false>, MatmulOfTransposed = Matmul<true>;
@@ -162,4 +151,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(IroMatmulTransposed, iro_jax::MatmulOfTransposed,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
                                   .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::BufferR2<xla::ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(IroMatmulCoded, iro_jax::MatmulCoded,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::BufferR2<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::BufferR3<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::BufferR4<xla::ffi::F32>>()
                                   .Ret<xla::ffi::BufferR2<xla::ffi::F32>>());
