@@ -8,6 +8,7 @@ bytes, and programs compute the same numbers from them (see `kernels.coded`).
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -55,10 +56,10 @@ def code_weights(tree: T) -> T:
 
 def _of_network(params: Params) -> Params:
     flat = dict(nnx.to_flat_state(params))
-    table = flat.get(("embedding",))
-    if table is None or table.get_value().ndim != 2:  # stacked networks, for instance
+    table = flat["embedding",].get_value()
+    if not _at_hand(table) or table.ndim != 2:  # coded before, or networks in a stack
         return params
-    width = table.get_value().shape[1]
+    width = table.shape[1]
     for path, variable in flat.items():
         weights = variable.get_value()
         if not _at_hand(weights):
@@ -77,14 +78,13 @@ def _of_network(params: Params) -> Params:
 
 
 def _at_hand(weights: Any) -> bool:
+    """Whether it is an array, not a tracer or a shape, on one CPU device."""
     if not isinstance(weights, jax.Array) or isinstance(weights, jax.core.Tracer):
         return False
-    return {device.platform for device in weights.devices()} == {"cpu"} and len(
-        weights.devices()
-    ) == 1
+    return [device.platform for device in weights.devices()] == ["cpu"]
 
 
-def _coded(weights: jax.Array, as_matrix) -> Coded | None:
+def _coded(weights: jax.Array, as_matrix: Callable[[jax.Array], jax.Array]) -> Coded | None:
     from kernels import encode
 
     key = id(weights)

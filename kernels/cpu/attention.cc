@@ -25,8 +25,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Queries of one task, about.
-constexpr int64_t kQueries = 96;
+// Queries of one task, about, and tasks that each thread should find at least.
+constexpr int64_t kQueries = 96, kTasks = 3;
 // Less than any score, and finite, so that nothing seen gives exp(0) * 0.
 constexpr float kHidden = -1e30f;
 
@@ -93,10 +93,6 @@ struct Attention {
 
     const int vectors = Parts(count, kLanes);
     Transpose(part.keys + place * size, size, count, size, s.keys.data(), kColumns);
-    if (count < vectors * kLanes)
-      for (int64_t d = 0; d < size; ++d)
-        std::fill(s.keys.data() + d * kColumns + count,
-                  s.keys.data() + d * kColumns + vectors * kLanes, 0.0f);
     const float* values = part.values + place * size;
     if (width != size) {
       for (int64_t j = 0; j < count; ++j)
@@ -190,7 +186,9 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::RemainingAr
          reinterpret_cast<const uint8_t*>(visible->typed_data<bool>()), places, slots[i],
          std::clamp<int64_t>(*used->typed_data<int32_t>(), 0, slots[i])});
   }
-  const int64_t block = std::max<int64_t>(kQueries / group, 1);
+  const int64_t blocks = Parts(kTasks * Threads(pool), heads);
+  const int64_t block =
+      std::clamp<int64_t>(kQueries / group, 1, Parts(tokens, blocks));
   int64_t seen = 0;
   for (const Part& part : attention->parts) seen += part.used;
   const int64_t steps = 2 * heads * group * tokens * seen * size;

@@ -62,12 +62,17 @@ inline Vector InTurn(Vector a, Vector b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * kLanes)...);
 }
 
-// A square of kLanes rows and columns, transposed.
-inline void TransposeSquare(const float* from, int64_t from_row, float* to, int64_t to_row) {
+// A square of kLanes rows and columns, transposed; of its rows, the first `rows` are there, or all.
+template <bool kAll>
+inline void TransposeSquare(const float* from, int64_t from_row, int64_t rows, float* to,
+                            int64_t to_row) {
   constexpr std::make_integer_sequence<int, kLanes> lanes;
   Vector row[kLanes], next[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) row[i] = At(from + i * from_row);
+  for (int i = 0; i < kLanes; ++i) {
+    row[i] = Vector{};
+    if (kAll || i < rows) row[i] = At(from + i * from_row);
+  }
 #pragma GCC unroll 4
   for (int done = 1; done < kLanes; done *= 2) {  // every time, one bit of a row's number moves
 #pragma GCC unroll 8
@@ -84,21 +89,28 @@ inline void TransposeSquare(const float* from, int64_t from_row, float* to, int6
 #endif
 #endif
 
-// to[c, r] = from[r, c]; the numbers after `_row` are the distances between rows.
+// to[c, r] = from[r, c], where rows of `to` are whole vectors: what is missing at their ends is
+// zero. The numbers after `_row` are the distances between rows.
 inline void Transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns,
                       float* to, int64_t to_row) {
-  int64_t r = 0;
-#ifdef IRO_JAX_SHUFFLES
-  for (; r + kLanes <= rows; r += kLanes) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int64_t there = std::min<int64_t>(kLanes, rows - r);
     int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes)
-      TransposeSquare(from + r * from_row + c, from_row, to + c * to_row + r, to_row);
-    for (; c < columns; ++c)
-      for (int i = 0; i < kLanes; ++i) to[c * to_row + r + i] = from[(r + i) * from_row + c];
-  }
+#ifdef IRO_JAX_SHUFFLES
+    for (; c + kLanes <= columns; c += kLanes) {
+      const float* square = from + r * from_row + c;
+      float* turned = to + c * to_row + r;
+      if (there == kLanes)
+        TransposeSquare<true>(square, from_row, there, turned, to_row);
+      else
+        TransposeSquare<false>(square, from_row, there, turned, to_row);
+    }
 #endif
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) to[c * to_row + r] = from[r * from_row + c];
+    for (; c < columns; ++c) {
+      for (int64_t i = 0; i < there; ++i) to[c * to_row + r + i] = from[(r + i) * from_row + c];
+      std::fill(to + c * to_row + r + there, to + c * to_row + r + kLanes, 0.0f);
+    }
+  }
 }
 
 }  // namespace iro_jax
