@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.cpu_kernels
 
 Products are those of all layers of the model with so many rows, of weights in f32 and coded (see
-`iro_jax.models.code_weights`); attention is that of one layer for
-P prompts, K = B = 4 and N new tokens of each candidate, behind 64 slots of the prompt, 48 of the
-beam and the chunk's own 16. All take turns and are compared by their medians.
+`iro_jax.models.code_weights`); attention is that of one layer for P prompts, K = B = 4 and N new
+tokens of each candidate, behind 64 slots of the prompt, 48 of the beam and the chunk's own 16. All
+take turns and are compared by their medians.
 """
 
 from __future__ import annotations
