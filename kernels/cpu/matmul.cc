@@ -32,6 +32,7 @@ constexpr int64_t kRowBlock = 256;
 // Up to kSomeRows rows memory takes much of the time, up to kFewRows most of it. Panels are only
 // kMiddle and kShallow deep then: they lie in the nearest cache while the next one is fetched.
 constexpr int64_t kFewRows = 32, kShallow = 48, kSomeRows = 160, kMiddle = 192;
+static_assert(kDepth % kCodedBlock == 0 && kMiddle % kCodedBlock == 0, "panels of whole blocks");
 // Tasks that each thread should find at least, and panels of a task at most.
 constexpr int64_t kTasks = 4, kPanels = 4;
 
@@ -119,15 +120,16 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2
   return Multiply(pool, x.typed_data(), weights, y->typed_data(), m, n, k);
 }
 
-ffi::Error MatmulCoded(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR3<ffi::S32> words,
-                       ffi::BufferR4<ffi::F32> lines, ffi::Result<ffi::BufferR2<ffi::F32>> y) {
+ffi::Error MatmulCoded(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
+                       ffi::BufferR3<ffi::S32> words, ffi::BufferR4<ffi::F32> lines,
+                       ffi::Result<ffi::BufferR2<ffi::F32>> y) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
-  const int64_t panels = Parts(n, kCodedWidth), bits = 32 * words.dimensions()[1] / std::max<int64_t>(k, 1);
-  const auto width = words.dimensions()[2], blocks = lines.dimensions()[1];
-  if (y->dimensions()[0] != m || words.dimensions()[0] != panels || width != kCodedWidth ||
-      lines.element_count() != panels * blocks * 2 * width || blocks * kCodedBlock != k ||
-      (bits != 4 && bits != 8))
-    return ffi::Error::InvalidArgument("x, words, lines and y must be of one product; see weights.h");
+  const auto codes = words.dimensions(), blocks = lines.dimensions();
+  const int64_t panels = Parts(n, kCodedWidth), bits = 32 * codes[1] / std::max<int64_t>(k, 1);
+  if (y->dimensions()[0] != m || codes[0] != panels || codes[2] != kCodedWidth ||
+      blocks[0] != panels || blocks[1] * kCodedBlock != k || blocks[2] != 2 ||
+      blocks[3] != kCodedWidth || (bits != 4 && bits != 8))
+    return ffi::Error::InvalidArgument("x, words, lines and y are not those of one product");
   const auto multiply = [&](auto w) {
     return Multiply(pool, x.typed_data(), w, y->typed_data(), m, n, k);
   };

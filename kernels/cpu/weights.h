@@ -28,7 +28,8 @@ struct Whole {
     if (kTransposed) {
       Transpose(corner, k, columns, depth, panel, kColumns);
     } else if (columns < kColumns) {
-      for (int64_t i = 0; i < depth; ++i) std::copy_n(corner + i * n, columns, panel + i * kColumns);
+      for (int64_t i = 0; i < depth; ++i)
+        std::copy_n(corner + i * n, columns, panel + i * kColumns);
     } else {  // by registers: a call of memmove a row takes a tenth of all time
       for (int64_t i = 0; i < depth; ++i, corner += n, panel += kColumns)
 #pragma GCC unroll 3
@@ -51,11 +52,12 @@ struct Whole {
   }
 };
 
-// Stored as codes of kBits bits. Those of one column and kBlock rows stand for numbers on a line,
-// slope * code + offset; a word has the codes of neighbouring rows, the first in its lowest bits.
+// Columns whose codes lie in one piece, and rows whose weights for one column share a line.
 constexpr int64_t kCodedWidth = 48, kCodedBlock = 32;
-static_assert(kCodedWidth % kColumns == 0);
+static_assert(kCodedWidth % kColumns == 0, "a panel must not be of two pieces");
 
+// Stored as codes of kBits bits, which stand for numbers on a line: slope * code + offset. A word
+// has the codes of neighbouring rows, the first in its lowest bits.
 template <int kBits>
 struct Coded {
   static constexpr int64_t kWidth = kCodedWidth, kBlock = kCodedBlock, kCodes = 32 / kBits;
@@ -66,7 +68,7 @@ struct Coded {
 
   static constexpr bool kShallow = false;
 
-  // As many rows as whole blocks have.
+  // `from` and `depth` are whole blocks; the columns behind the last one are there, too.
   void Pack(int64_t from, int64_t column, int64_t depth, int64_t, float* panel) const {
     const int64_t row = column / kWidth * k + from, inside = column % kWidth;
     const int32_t* word = words + row / kCodes * kWidth + inside;

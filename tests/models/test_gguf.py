@@ -208,6 +208,15 @@ def test_k_quants_follow_their_definition(tmp_path):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_file_that_was_written_again_is_read_again(tmp_path):
+    reference = variant("llama").causal(**SIZES, num_hidden_layers=1, vocab_size=97)
+    path = write_gguf(tmp_path / "m.gguf", reference, "llama")
+    first = open_checkpoint(path)
+    assert open_checkpoint(path) is first
+    write_gguf(path, reference, "llama", "F16")
+    assert open_checkpoint(path) is not first
+
+
 class TestDamage:
     @pytest.fixture
     def path(self, tmp_path):
