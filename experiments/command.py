@@ -59,9 +59,9 @@ def keep_compiled() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache / "iro_jax" / "compiled"))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # A start has many programs that take less than the second of JAX's default.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    name = "jax_persistent_cache_min_compile_time_secs"
+    if getattr(jax.config, name) == 1:  # JAX's default; a start has many programs that take less
+        jax.config.update(name, 0.1)
 
 
 def quiet_libraries() -> None:

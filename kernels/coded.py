@@ -1,10 +1,11 @@
-"""Weights that take few values, as codes: an eighth or a quarter of the bytes, the same numbers.
+"""Weights that take few values, as codes: the same numbers in a fraction of the bytes.
 
 Checkpoints that were quantised (GGUF's Q4_0 to Q8_0) hold blocks of 32 weights that lie on a line,
-`slope * code + offset`, with codes of a few bits. Where memory bounds a product, as it does for a
-decode step's few rows, a kernel that reads the codes and computes the weights in its registers is
-faster than one that reads them as f32. `encode` finds the lines in the numbers themselves, whatever
-file they came from, and only where they give every number to the last bit.
+`slope * code + offset`, with codes of a few bits; with the lines, 6 or 10 bits a weight. Where
+memory bounds a product, as it does for a decode step's few rows, a kernel that reads the codes and
+computes the weights in its registers is faster than one that reads them as f32. `encode` finds the
+lines in the numbers themselves, whatever file they came from, and only where they give every
+number exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kernels import native
 BLOCK = 32
 """Inputs whose weights for one output share a line."""
 WIDTH = 48
-"""Outputs of a panel, which lies in one piece: a multiple of what the kernel has registers for."""
+"""Outputs of a stripe, which lies in one piece: a multiple of what the kernel has registers for."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,14 +32,14 @@ class Coded:
     """A matrix of weights `[K, N]`; see `cpu/weights.h` for how it is read.
 
     Attributes:
-      words: codes of neighbouring inputs, the first in the lowest bits, panel by panel; the last
-        panel is filled up.
+      words: codes of neighbouring inputs, the first in the lowest bits, stripe by stripe; the last
+        stripe is filled up.
       lines: slopes and offsets.
       num_outputs: N.
     """
 
-    words: Int[Array, "panels K*bits/32 48"]
-    lines: Float[Array, "panels K/32 2 48"]
+    words: Int[Array, "stripes K*bits/32 48"]
+    lines: Float[Array, "stripes K/32 2 48"]
     num_outputs: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -52,19 +53,19 @@ class Coded:
 
     def whole(self) -> Float[Array, "K N"]:
         """The weights as they were."""
-        panels = self._numbers(self.words, self.lines)
-        return jnp.moveaxis(panels, 0, 1).reshape(self.num_inputs, -1)[:, : self.num_outputs]
+        stripes = self._numbers(self.words, self.lines)
+        return jnp.moveaxis(stripes, 0, 1).reshape(self.num_inputs, -1)[:, : self.num_outputs]
 
     def outputs(self, indices: Int[Array, "*batch"]) -> Float[Array, "*batch K"]:
-        """The weights of some outputs, `whole().T[indices]`."""
-        panel, place = indices // WIDTH, indices % WIDTH
-        words, lines = self.words[panel, :, place], self.lines[panel, :, :, place]
+        """The weights of some outputs, `whole().T[indices]`, for indices from 0 to N - 1."""
+        stripe, place = indices // WIDTH, indices % WIDTH
+        words, lines = self.words[stripe, :, place], self.lines[stripe, :, :, place]
         return self._numbers(words[..., None], lines[..., None])[..., 0]
 
     def _numbers(self, words: Array, lines: Array) -> Array:
         """`[..., K, width]`, from words and lines of the same outputs."""
         *lead, _, width = words.shape
-        shifts = self.bits * jnp.arange(32 // self.bits)
+        shifts = self.bits * jnp.arange(32 // self.bits, dtype=jnp.int32)
         codes = (words[..., None, :] >> shifts[:, None]) & (2**self.bits - 1)
         codes = codes.reshape(*lead, -1, BLOCK, width).astype(jnp.float32)
         numbers = lines[..., :1, :] * codes + lines[..., 1:, :]
@@ -72,7 +73,10 @@ class Coded:
 
 
 def encode(w: Float[Array, "K N"]) -> Coded | None:
-    """The same weights as codes of 4 or 8 bits; None if not all of them are such numbers."""
+    """The same weights as codes of 4 or 8 bits; None if not all of them are such numbers.
+
+    Zeros may change their sign.
+    """
     if w.ndim != 2 or w.dtype != jnp.float32 or w.shape[0] % BLOCK or 0 in w.shape:
         return None
     for bits in (4, 8):
@@ -83,7 +87,11 @@ def encode(w: Float[Array, "K N"]) -> Coded | None:
 
 
 def matmul_coded(x: Float[Array, "M K"], w: Coded) -> Float[Array, "M N"]:
-    """`x @ w.whole()`, and where `kernels.matmul` is a kernel, the same numbers as it gives."""
+    """`x @ w.whole()`; where `kernels.matmul` is a kernel, the same numbers as it gives.
+
+    On one CPU device it is a kernel for any number of rows, in f32. XLA decodes all weights at
+    every call elsewhere, and takes the derivatives everywhere.
+    """
     if x.ndim != 2 or x.shape[1] != w.num_inputs:
         raise ValueError(f"x must be [M, {w.num_inputs}]. Got: {x.shape}")
     if not native.takes(x):
@@ -115,13 +123,14 @@ def _encode(w: Array, bits: int) -> tuple[Array, Array, Array]:
         slope = jnp.where(better, tried, slope)
         exact |= better
     each = 32 // bits
-    shifted = codes.reshape(-1, each, w.shape[1]) << (bits * jnp.arange(each)[:, None])
-    words = jnp.sum(shifted, axis=1)  # their bits are apart
-    return _panels(words), _panels(jnp.concatenate([slope, low], axis=1)), jnp.all(exact)
+    shifts = bits * jnp.arange(each, dtype=jnp.int32)[:, None]
+    shifted = codes.reshape(-1, each, w.shape[1]) << shifts
+    words = jnp.sum(shifted, axis=1, dtype=jnp.int32)  # their bits are apart
+    return _stripes(words), _stripes(jnp.concatenate([slope, low], axis=1)), jnp.all(exact)
 
 
-def _panels(x: Array) -> Array:
-    """`[*lead, N]` to `[panels, *lead, WIDTH]`."""
+def _stripes(x: Array) -> Array:
+    """`[*lead, N]` to `[stripes, *lead, WIDTH]`."""
     filled = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % WIDTH)])
     return jnp.moveaxis(filled.reshape(*x.shape[:-1], -1, WIDTH), -2, 0)
 

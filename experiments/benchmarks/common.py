@@ -27,7 +27,15 @@ from iro_jax.guidance import (
     ValueSumParams,
     value_scorer,
 )
-from iro_jax.models import Network, Params, Pretrained, Sampling, pad_prompts, prompt_keys
+from iro_jax.models import (
+    Network,
+    Params,
+    Pretrained,
+    Sampling,
+    code_weights,
+    pad_prompts,
+    prompt_keys,
+)
 from iro_jax.models.lora import init_adapters
 from iro_jax.values import Head, ValueNetwork, ValueParams
 
@@ -75,6 +83,13 @@ def policy_heads(model: Pretrained, number: int) -> Scoring:
     """Heads on the policy's own final states."""
     params = PolicyHeadsParams((_heads(model, number),), jnp.ones(number))
     return PolicyHeads((HEAD,), ("hidden",)), params
+
+
+def coded_weights(params: Params) -> Params | None:
+    """`code_weights`; None if none of them can be coded."""
+    coded = code_weights(params)
+    # Codes and lines take the place of one array.
+    return coded if len(jax.tree.leaves(coded)) > len(jax.tree.leaves(params)) else None
 
 
 def _copy(params: Params) -> Params:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from jaxtyping import Array
 
-from experiments.benchmarks.common import Run, medians, setting
+from experiments.benchmarks.common import Run, coded_weights, medians, setting
 from experiments.benchmarks.floor import layer_matmuls
 from iro_jax.evaluation import markdown_table
-from iro_jax.models import Pretrained, code_weights, from_pretrained
+from iro_jax.models import Pretrained, from_pretrained
 from iro_jax.models.attention import Part, attend, attend_without_gradient
 from kernels import matmul, native
 
@@ -42,9 +42,10 @@ def products(model: Pretrained, rows: int) -> dict[str, Run]:
         )
         for name, product in (("xla", jnp.matmul), ("kernel", matmul))
     }
-    return runs | {
-        "coded": functools.partial(jax.jit(layer_matmuls), code_weights(model.params), x)
-    }
+    coded = coded_weights(model.params)
+    if coded is not None:
+        runs["coded"] = functools.partial(jax.jit(layer_matmuls), coded, x)
+    return runs
 
 
 def attention(model: Pretrained, prompts: int, tokens: int) -> dict[str, Run]:

@@ -25,14 +25,13 @@ from absl import app, flags, logging
 from jax import lax
 from jaxtyping import Array
 
-from experiments.benchmarks.common import Run, medians
+from experiments.benchmarks.common import Run, coded_weights, medians
 from experiments.benchmarks.floor import decode_matmuls
 from iro_jax.models import (
     Cache,
     Network,
     Params,
     Sampling,
-    code_weights,
     draw,
     draw_keys,
     from_pretrained,
@@ -106,8 +105,8 @@ def main(argv: list[str]) -> None:
     device = jax.devices()[0].device_kind
     print(f"{_MODEL.value}, {model.network.config.dtype}, {device}, JAX {jax.__version__}")
     weights = {"whole": model.params}
-    coded = code_weights(model.params)
-    if len(jax.tree.leaves(coded)) > len(jax.tree.leaves(model.params)):
+    coded = coded_weights(model.params)
+    if coded is not None:
         weights["coded"] = coded
     print(
         f"{'sequences':>9} {'weights':>7} {'step ms':>9} {'matmuls ms':>11} {'ratio':>7}"

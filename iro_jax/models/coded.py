@@ -1,17 +1,17 @@
 """Weights for decoding on a CPU: those that came quantised, as codes that kernels read.
 
 Decoding a few tokens takes about as long as reading the weights, and weights that were quantised
-once take few values, whatever they are stored as. Coded, they are a quarter or an eighth as many
-bytes, and programs compute the same numbers from them (see `kernels.coded`).
+once take few values, whatever they are stored as. Coded, they are three or five sixteenths of the
+bytes of f32, and programs compute the same numbers from them (see `kernels.coded`).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from iro_jax.models.network import Params
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from kernels import Coded
 
 T = TypeVar("T")
-_INPUTS_FIRST = ("qkv", "up")
-_TABLES = ("embedding", "unembedding")
 
 _known: dict[int, Coded | None] = {}
 """What was found for arrays, by their identity, for as long as they live."""
@@ -30,14 +28,15 @@ _known: dict[int, Coded | None] = {}
 def code_weights(tree: T) -> T:
     """The same tree for programs to run with, weights of its networks coded where they can be.
 
-    `Guide` and `Sampler` do this themselves. Weights are coded that lie on one CPU device in f32
-    and in blocks of the formats that GGUF calls Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0; it is tried, and
-    kept if every number comes out to the last bit. Anything else stays as it is, as does everything
-    on other platforms or without a C++ compiler. Trees with coded weights are for `prefill`,
-    `decode` and `forward`; to train, merge, split or save weights, use the original.
+    `Guide`, `ApiGuide` and `Sampler` do this themselves. Matrices are coded that lie on one CPU
+    device in f32, and all of whose numbers are what files of GGUF's types Q4_0, Q4_1, Q5_0, Q5_1
+    and Q8_0 hold, as their plain quantisers choose slopes: it is tried, and kept if every number
+    comes out the same. Anything else stays as it is, as does everything on other platforms or
+    without a C++ compiler. Trees with coded weights are for `prefill`, `decode` and `forward`
+    outside of meshes; to train, merge, split or save weights, use the original.
 
     Args:
-      tree: anything with networks' parameters (`nnx.State`) in it.
+      tree: anything with networks' parameters in it.
 
     Returns:
       A tree whose coded weights live beside the original ones, and as long as these; calls with the
@@ -56,39 +55,47 @@ def code_weights(tree: T) -> T:
 
 def _of_network(params: Params) -> Params:
     flat = dict(nnx.to_flat_state(params))
-    table = flat["embedding",].get_value()
-    if not _at_hand(table) or table.ndim != 2:  # coded before, or networks in a stack
+    if ("embedding",) not in flat:  # somebody's own module
         return params
-    width = table.shape[1]
+    table = flat["embedding",].get_value()
+    if not _at_hand(table) or table.ndim != 2:  # on a mesh, coded before, or networks in a stack
+        return params
     for path, variable in flat.items():
-        weights = variable.get_value()
-        if not _at_hand(weights):
-            continue
-        if path[-1] in _TABLES:
-            found = _coded(weights, lambda table: table.T)
-        elif path[-1] == "kernel" and path[-2] in _INPUTS_FIRST:
-            found = _coded(weights, lambda kernel: kernel.reshape(width, -1))
-        elif path[-1] == "kernel":
-            found = _coded(weights, lambda kernel: kernel.reshape(-1, width))
-        else:
-            continue
+        found = _coded(path, variable.get_value(), table.shape[1])
         if found is not None:
             flat[path] = variable.replace(found)
     return nnx.from_flat_state(flat)
 
 
 def _at_hand(weights: Any) -> bool:
-    """Whether it is an array, not a tracer or a shape, on one CPU device."""
+    """Whether it is an array in f32, not a tracer or a shape, on one CPU device."""
     if not isinstance(weights, jax.Array) or isinstance(weights, jax.core.Tracer):
         return False
-    return [device.platform for device in weights.devices()] == ["cpu"]
+    on = [device.platform for device in weights.devices()]
+    return on == ["cpu"] and weights.dtype == jnp.float32
 
 
-def _coded(weights: jax.Array, as_matrix: Callable[[jax.Array], jax.Array]) -> Coded | None:
+def _coded(path: tuple[str | int, ...], weights: Any, width: int) -> Coded | None:
+    if not _at_hand(weights):
+        return None
     from kernels import encode
 
     key = id(weights)
     if key not in _known:
-        _known[key] = encode(as_matrix(weights))
+        with jax.ensure_compile_time_eval():  # a program that is traced may close over weights
+            matrix = _as_matrix(path, weights, width)
+            _known[key] = None if matrix is None else encode(matrix)
         weakref.finalize(weights, _known.pop, key, None).atexit = False
     return _known[key]
+
+
+def _as_matrix(path: tuple[str | int, ...], weights: jax.Array, width: int) -> jax.Array | None:
+    """Weights of a product as `[inputs, outputs]`; None of anything else."""
+    match path:
+        case ("embedding" | "unembedding",):
+            return weights.T
+        case ("layers", _, "attention" | "mlp", "qkv" | "up", "kernel"):
+            return weights.reshape(width, -1)
+        case ("layers", _, "attention" | "mlp", "output" | "down", "kernel"):
+            return weights.reshape(-1, width)
+    return None

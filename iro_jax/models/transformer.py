@@ -67,8 +67,7 @@ class Projection(nnx.Module):
         batch = x.shape[: x.ndim - len(self.inputs)]
         rows = x.reshape(math.prod(batch), math.prod(self.inputs))
         kernel = self.kernel.get_value()
-        # Pallas, beside them, takes a third of a second to import.
-        from kernels import Coded, matmul, matmul_coded
+        from kernels import Coded, matmul, matmul_coded  # with Pallas, a third of a second
 
         if isinstance(kernel, Coded):
             y = matmul_coded(rows, kernel).reshape(*batch, *self.outputs)
@@ -269,14 +268,14 @@ class Transformer(nnx.Module):
             raise ValueError("This network has no language-model head. Got: config.head='score'")
         table = self.embedding if self.unembedding is None else self.unembedding
         weights = table.get_value()
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        shape = (*hidden.shape[:-1], self.config.vocab_size)
         from kernels import Coded, matmul_coded, matmul_transposed
 
-        if isinstance(weights, Coded):
-            logits = matmul_coded(rows.astype(jnp.float32), weights).reshape(shape)
-        elif automatic_mesh() is None and hidden.dtype == jnp.float32:
-            logits = matmul_transposed(rows, weights.astype(jnp.float32)).reshape(shape)
+        coded = isinstance(weights, Coded)
+        if coded or (automatic_mesh() is None and hidden.dtype == jnp.float32):
+            rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
+            product = matmul_coded if coded else matmul_transposed
+            logits = product(rows, weights if coded else weights.astype(jnp.float32))
+            logits = logits.reshape(*hidden.shape[:-1], self.config.vocab_size)
         else:
             weights = weights.astype(hidden.dtype)
             logits = jnp.einsum(

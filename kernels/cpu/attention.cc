@@ -186,12 +186,12 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::AnyBuffer queries, ffi::RemainingAr
          reinterpret_cast<const uint8_t*>(visible->typed_data<bool>()), places, slots[i],
          std::clamp<int64_t>(*used->typed_data<int32_t>(), 0, slots[i])});
   }
-  const int64_t blocks = Parts(kTasks * Threads(pool), heads);
-  const int64_t block =
-      std::clamp<int64_t>(kQueries / group, 1, Parts(tokens, blocks));
   int64_t seen = 0;
   for (const Part& part : attention->parts) seen += part.used;
   const int64_t steps = 2 * heads * group * tokens * seen * size;
+  const int64_t blocks = Parts(kTasks * Threads(pool, steps), heads);
+  const int64_t block =
+      std::max<int64_t>(std::min(kQueries / group, Parts(tokens, blocks)), 1);
   Run(pool, heads * Parts(tokens, block), steps, [=](int64_t task) {
     const int64_t first = task / heads * block;
     attention->Block(first, std::min(first + block, tokens), task % heads);

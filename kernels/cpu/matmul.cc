@@ -1,6 +1,6 @@
 // The product of activations and a weight matrix on a CPU, as an XLA custom call.
 //
-//   y[m, n] = sum_k x[m, k] * w[k, n]        f32, row-major, m at least a few rows
+//   y[m, n] = sum_k x[m, k] * w[k, n]        f32, row-major, best of a few rows at least
 //
 // or of w stored as its transpose, or as codes of few bits. The columns are cut into panels. A task
 // copies a panel of w, which is then read from a core's own cache for all rows of a block, and
@@ -66,7 +66,7 @@ struct Product {
     float *out = y + top * n + column, *c = out;
     int64_t c_row = n;
     if (columns < kColumns) c = spare, c_row = kColumns;  // a tile would write over the edge
-    const bool shallow = Weights::kShallow && m <= kFewRows;
+    const bool shallow = Weights::kMayBeShallow && m <= kFewRows;
     const int64_t step = m > kSomeRows ? kDepth : shallow ? kShallow : kMiddle;
     for (int64_t from = 0; from < k; from += step) {
       const int64_t depth = std::min(step, k - from);
@@ -98,7 +98,8 @@ ffi::Error Multiply(ffi::ThreadPool& pool, const float* x, const Weights& w, flo
   }
   const Product<Weights> product{x, w, y, m, n, k};
   const int64_t panels = Parts(n, kColumns), threads = Threads(pool);
-  const int64_t group = std::clamp<int64_t>(panels / (kTasks * threads), 1, kPanels);
+  const int64_t fit = std::clamp<int64_t>(panels / (kTasks * threads), 1, kPanels);
+  const int64_t group = Parts(fit, Weights::kTogether) * Weights::kTogether;
   const int64_t groups = Parts(panels, group);
   Run(pool, groups * Parts(m, kRowBlock), m * n * k, [=](int64_t task) {
     const int64_t first = task % groups * group, last = std::min(first + group, panels);
@@ -125,10 +126,10 @@ ffi::Error MatmulCoded(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x,
                        ffi::Result<ffi::BufferR2<ffi::F32>> y) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
   const auto codes = words.dimensions(), blocks = lines.dimensions();
-  const int64_t panels = Parts(n, kCodedWidth), bits = 32 * codes[1] / std::max<int64_t>(k, 1);
-  if (y->dimensions()[0] != m || codes[0] != panels || codes[2] != kCodedWidth ||
-      blocks[0] != panels || blocks[1] * kCodedBlock != k || blocks[2] != 2 ||
-      blocks[3] != kCodedWidth || (bits != 4 && bits != 8))
+  const int64_t stripes = Parts(n, kCodedWidth), bits = 32 * codes[1] / std::max<int64_t>(k, 1);
+  if (y->dimensions()[0] != m || codes[0] != stripes || codes[2] != kCodedWidth ||
+      blocks[0] != stripes || blocks[1] * kCodedBlock != k || blocks[2] != 2 ||
+      blocks[3] != kCodedWidth || (bits != 4 && bits != 8) || 32 * codes[1] != bits * k)
     return ffi::Error::InvalidArgument("x, words, lines and y are not those of one product");
   const auto multiply = [&](auto w) {
     return Multiply(pool, x.typed_data(), w, y->typed_data(), m, n, k);

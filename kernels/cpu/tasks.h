@@ -21,6 +21,11 @@ inline int64_t Threads(xla::ffi::ThreadPool& pool) {
 // Multiply-adds for which it pays to wake a thread, some ten microseconds of one.
 constexpr int64_t kWorthAThread = 1 << 20;
 
+// Threads that it pays to have for so many multiply-adds.
+inline int64_t Threads(xla::ffi::ThreadPool& pool, int64_t steps) {
+  return std::min(Threads(pool), 1 + steps / kWorthAThread);
+}
+
 // Calls work(0), ..., work(tasks - 1), which are `steps` multiply-adds together, and returns when
 // all are done. Threads take one task after the other, so that a slow one holds nobody up; the
 // caller is one of them, and the only one where there is little to do.
@@ -39,7 +44,7 @@ void Run(xla::ffi::ThreadPool& pool, int64_t tasks, int64_t steps, Work work) {
   };
   // Helpers may come when all is done and the caller has gone: the state belongs to all of them.
   auto shared = std::make_shared<Shared>(std::move(work), tasks);
-  const int64_t threads = std::min({Threads(pool), tasks, 1 + steps / kWorthAThread});
+  const int64_t threads = std::min(Threads(pool, steps), tasks);
   for (int64_t helper = 1; helper < threads; ++helper)
     pool.Schedule([shared] { shared->Help(); });
   shared->Help();

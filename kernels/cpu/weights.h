@@ -19,7 +19,8 @@ struct Whole {
   int64_t n, k;
 
   // A panel of transposed weights is never shallow: its rows lie side by side in memory.
-  static constexpr bool kShallow = !kTransposed;
+  static constexpr bool kMayBeShallow = !kTransposed;
+  static constexpr int64_t kTogether = 1;
 
   // Copies a panel of which only so many columns are there; the others are zero.
   void Pack(int64_t from, int64_t column, int64_t depth, int64_t columns, float* panel) const {
@@ -52,9 +53,10 @@ struct Whole {
   }
 };
 
-// Columns whose codes lie in one piece, and rows whose weights for one column share a line.
+// Columns of a stripe, whose codes lie in one piece, and rows whose weights for one column share a
+// line.
 constexpr int64_t kCodedWidth = 48, kCodedBlock = 32;
-static_assert(kCodedWidth % kColumns == 0, "a panel must not be of two pieces");
+static_assert(kCodedWidth % kColumns == 0, "a panel must not be of two stripes");
 
 // Stored as codes of kBits bits, which stand for numbers on a line: slope * code + offset. A word
 // has the codes of neighbouring rows, the first in its lowest bits.
@@ -62,11 +64,13 @@ template <int kBits>
 struct Coded {
   static constexpr int64_t kWidth = kCodedWidth, kBlock = kCodedBlock, kCodes = 32 / kBits;
 
-  const int32_t* words;  // [n / kWidth, k / kCodes, kWidth]
-  const float* lines;    // [n / kWidth, k / kBlock, 2, kWidth]: slopes, offsets
+  const int32_t* words;  // [stripes, k / kCodes, kWidth]
+  const float* lines;    // [stripes, k / kBlock, 2, kWidth]: slopes, offsets
   int64_t k;
 
-  static constexpr bool kShallow = false;
+  static constexpr bool kMayBeShallow = false;
+  // Panels that share cache lines.
+  static constexpr int64_t kTogether = kWidth / kColumns;
 
   // `from` and `depth` are whole blocks; the columns behind the last one are there, too.
   void Pack(int64_t from, int64_t column, int64_t depth, int64_t, float* panel) const {

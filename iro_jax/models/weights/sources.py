@@ -73,14 +73,18 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _gguf_file(path: Path) -> GgufFile:
-    found = path.stat()
-    return _as_it_was(path, found.st_mtime_ns, found.st_size)
+    try:
+        found = path.stat()
+    except OSError:
+        return GgufFile(path)  # which says what is wrong
+    times = found.st_mtime_ns, found.st_ctime_ns
+    return _opened(path, (found.st_dev, found.st_ino, found.st_size, *times))
 
 
 @functools.lru_cache(maxsize=2)
-def _as_it_was(path: Path, changed: int, size: int) -> GgufFile:
-    """Reading the vocabulary takes a second, and a run opens its models more than once."""
-    del changed, size
+def _opened(path: Path, state: tuple[int, ...]) -> GgufFile:
+    """The file in that state; kept, because a run opens a model several times, a second each."""
+    del state
     return GgufFile(path)
 
 
