@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kernels import Coded
 
 T = TypeVar("T")
+_OF_EVERY_NETWORK = {("embedding",), ("layers", 0, "attention", "qkv", "kernel")}
 
 _known: dict[int, Coded | None] = {}
 """What was found for arrays, by their identity, for as long as they live."""
@@ -55,7 +56,7 @@ def code_weights(tree: T) -> T:
 
 def _of_network(params: Params) -> Params:
     flat = dict(nnx.to_flat_state(params))
-    if ("embedding",) not in flat:  # somebody's own module
+    if not flat.keys() >= _OF_EVERY_NETWORK:  # somebody's own module
         return params
     table = flat["embedding",].get_value()
     if not _at_hand(table) or table.ndim != 2:  # on a mesh, coded before, or networks in a stack
