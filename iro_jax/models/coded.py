@@ -61,7 +61,11 @@ def _of_network(params: Params) -> Params:
     table = flat["embedding",].get_value()
     if not _at_hand(table) or table.ndim != 2:  # on a mesh, coded before, or networks in a stack
         return params
+    # Tokens alone are looked up in it then; nothing is multiplied with it.
+    untied = ("unembedding",) in flat or ("score_head",) in flat
     for path, variable in flat.items():
+        if untied and path == ("embedding",):
+            continue
         found = _coded(path, variable.get_value(), table.shape[1])
         if found is not None:
             flat[path] = variable.replace(found)

@@ -53,11 +53,16 @@ def paths_of_coded(params):
 
 
 def paths_of_products(network):
-    flat = nnx.to_flat_state(network.abstract_params())
-    return {path for path, _ in flat if path[-1] in ("kernel", "embedding", "unembedding")}
+    """Those of all matrices that rows are multiplied with."""
+    paths = {path for path, _ in nnx.to_flat_state(network.abstract_params())}
+    tied = {("unembedding",), ("score_head",)}.isdisjoint(paths)
+    table = ("embedding",) if tied else ("unembedding",)
+    return {path for path in paths if path[-1] == "kernel" or path == table}
 
 
-@pytest.mark.parametrize("kind", [{}, {"tied_embeddings": True}, {"gated_mlp": False}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"tied_embeddings": True}, {"gated_mlp": False}, {"head": "score"}]
+)
 def test_the_same_numbers(kind):
     network = tiny_network(**SIZES, **kind)
     params = weights_of(network)
@@ -87,7 +92,7 @@ def test_equal_arrays_are_coded_once_and_forgotten_with_them():
     params = weights_of(network)
     before = len(_known)
     one, other = code_weights(params), code_weights({"again": params})["again"]
-    assert len(_known) == before + len(jax.tree.leaves(params))
+    assert len(_known) == before + len(jax.tree.leaves(params)) - 1  # the table of lookups
     for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
         assert a is b
     for a, b in zip(*map(jax.tree.leaves, (code_weights(one), one)), strict=True):
