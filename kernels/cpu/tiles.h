@@ -44,6 +44,8 @@ inline __attribute__((always_inline)) void Tile(const float* a, int64_t a_row, c
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = add ? At(c + r * c_row + v * kLanes) : Vector{};
+  // Where another thread shares the core's decoders, every instruction beside the products costs.
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     beside(k);
     Vector row[V];
