@@ -141,16 +141,6 @@ class Attention(nnx.Module):
             projected = jnp.concatenate(normed, axis=-2)
         return rope_lib.rotate_heads(projected, *rope_tables, scale=self.config.query_scale)
 
-    def mix(
-        self,
-        queries: Array,
-        parts: list[Part],
-        adapter: Adapter | None = None,
-        attend: AttendFn = attend,
-    ) -> Array:
-        attended = attend(queries, parts, self.config.attention_softcap)
-        return self.output(attended.astype(queries.dtype), adapter)
-
 
 class Mlp(nnx.Module):
     """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` when not gated."""
@@ -216,13 +206,26 @@ class Block(nnx.Module):
           choose: takes the tokens, along `length`, that go on; of the others there are keys and
             values.
         """
-        queries, keys, values = self.attention.project(
-            self.attention_norm(x), rope_tables, adapters.get("qkv")
-        )
+        queries, keys, values = self._before_attention(x, rope_tables, adapters.get("qkv"))
         parts = remember(keys, values)
         if choose is not None:
             x, queries = choose(x), choose(queries)
-        attended = self.attention.mix(queries, parts, adapters.get("output"), attend)
+        attended = attend(queries, parts, self.attention.config.attention_softcap)
+        return self._after_attention(x, attended, adapters)
+
+    # Both are traced and lowered once for all layers alike.
+
+    @jax.jit
+    def _before_attention(
+        self, x: Array, rope_tables: tuple[Array, Array], adapter: Adapter | None
+    ) -> tuple[Array, Array, Array]:
+        return self.attention.project(self.attention_norm(x), rope_tables, adapter)
+
+    @jax.jit
+    def _after_attention(
+        self, x: Array, attended: Array, adapters: Mapping[Target, Adapter]
+    ) -> Array:
+        attended = self.attention.output(attended.astype(x.dtype), adapters.get("output"))
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
         mlp = functools.partial(self.mlp, up=adapters.get("up"), down=adapters.get("down"))
