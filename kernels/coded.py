@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -72,17 +73,20 @@ class Coded:
         return numbers.reshape(*lead, self.num_inputs, width)
 
 
-def encode(w: Float[Array, "K N"]) -> Coded | None:
+def encode(w: Float[Array, "K N"], *, transposed: bool = False) -> Coded | None:
     """The same weights as codes of 4 or 8 bits; None if not all of them are such numbers.
 
-    Zeros may change their sign.
+    Zeros may change their sign. On one CPU device, where kernels can be called; None elsewhere.
+
+    Args:
+      transposed: `w` is stored as its transpose, `[N, K]`.
     """
-    if w.ndim != 2 or w.dtype != jnp.float32 or w.shape[0] % BLOCK or 0 in w.shape:
+    if w.ndim != 2 or 0 in w.shape or w.shape[transposed] % BLOCK or not native.takes(w):
         return None
     for bits in (4, 8):
-        words, lines, exact = _encode(w, bits)
-        if exact:
-            return Coded(words, lines, w.shape[1])
+        words, lines, exact = _encode(w, bits, transposed)
+        if exact.all():
+            return Coded(words, lines, w.shape[not transposed])
     return None
 
 
@@ -99,40 +103,17 @@ def matmul_coded(x: Float[Array, "M K"], w: Coded) -> Float[Array, "M N"]:
     return _product(x, w)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _encode(w: Array, bits: int) -> tuple[Array, Array, Array]:
-    """Words, lines, and whether they give the weights back."""
-    blocks = w.reshape(-1, BLOCK, w.shape[1])
-    low, high = jnp.min(blocks, 1, keepdims=True), jnp.max(blocks, 1, keepdims=True)
-    largest = jnp.maximum(high, -low)
-    # How Q4_1 and Q4_0, or Q8_0, Q5_0 and Q5_1, choose their slopes, which are f16: times a code,
-    # they are exact in f32.
-    slopes = (
-        ((high - low) / 15, largest / 8)
-        if bits == 4
-        else (largest / 127, largest / 16, (high - low) / 31)
-    )
-    codes, slope = jnp.zeros(blocks.shape, jnp.int32), jnp.zeros_like(low)
-    exact = jnp.zeros(low.shape, bool)
-    for tried in slopes:
-        tried = tried.astype(jnp.float16).astype(jnp.float32)
-        found = jnp.rint((blocks - low) / jnp.where(tried == 0, 1, tried))
-        same = (tried * found + low == blocks) & (found < 2**bits)
-        better = ~exact & jnp.all(same, axis=1, keepdims=True)
-        codes = jnp.where(better, found.astype(jnp.int32), codes)
-        slope = jnp.where(better, tried, slope)
-        exact |= better
-    each = 32 // bits
-    shifts = bits * jnp.arange(each, dtype=jnp.int32)[:, None]
-    shifted = codes.reshape(-1, each, w.shape[1]) << shifts
-    words = jnp.sum(shifted, axis=1, dtype=jnp.int32)  # their bits are apart
-    return _stripes(words), _stripes(jnp.concatenate([slope, low], axis=1)), jnp.all(exact)
-
-
-def _stripes(x: Array) -> Array:
-    """`[*lead, N]` to `[stripes, *lead, WIDTH]`."""
-    filled = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % WIDTH)])
-    return jnp.moveaxis(filled.reshape(*x.shape[:-1], -1, WIDTH), -2, 0)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _encode(w: Array, bits: int, transposed: bool) -> Sequence[Array]:
+    """Words, lines, and of which stripes they give the weights back."""
+    inputs, outputs = w.shape[transposed], w.shape[not transposed]
+    stripes = -(-outputs // WIDTH)
+    shapes = [
+        jax.ShapeDtypeStruct((stripes, inputs * bits // 32, WIDTH), jnp.int32),
+        jax.ShapeDtypeStruct((stripes, inputs // BLOCK, 2, WIDTH), jnp.float32),
+        jax.ShapeDtypeStruct((stripes,), jnp.int32),
+    ]
+    return jax.ffi.ffi_call(native.ENCODE_TRANSPOSED if transposed else native.ENCODE, shapes)(w)
 
 
 @jax.custom_jvp

@@ -28,6 +28,7 @@ from jaxtyping import Array
 
 MATMUL, MATMUL_TRANSPOSED = "iro_jax_matmul", "iro_jax_matmul_transposed"
 MATMUL_CODED = "iro_jax_matmul_coded"
+ENCODE, ENCODE_TRANSPOSED = "iro_jax_encode", "iro_jax_encode_transposed"
 ATTEND = "iro_jax_attend"
 ROTATE = "iro_jax_rotate_heads"
 LOGSUMEXP, TOP_K = "iro_jax_logsumexp", "iro_jax_top_k"
@@ -37,6 +38,8 @@ _SYMBOLS = {
     MATMUL: "IroMatmul",
     MATMUL_TRANSPOSED: "IroMatmulTransposed",
     MATMUL_CODED: "IroMatmulCoded",
+    ENCODE: "IroEncode",
+    ENCODE_TRANSPOSED: "IroEncodeTransposed",
     ATTEND: "IroAttend",
     ROTATE: "IroRotateHeads",
     LOGSUMEXP: "IroLogSumExp",

@@ -88,19 +88,14 @@ def _coded(path: tuple[str | int, ...], weights: Any, width: int) -> Coded | Non
     key = id(weights)
     if key not in _known:
         with jax.ensure_compile_time_eval():  # a program that is traced may close over weights
-            matrix = _as_matrix(path, weights, width)
-            _known[key] = None if matrix is None else encode(matrix)
+            match path:
+                case ("embedding" | "unembedding",):
+                    _known[key] = encode(weights, transposed=True)
+                case ("layers", _, "attention" | "mlp", "qkv" | "up", "kernel"):
+                    _known[key] = encode(weights.reshape(width, -1))
+                case ("layers", _, "attention" | "mlp", "output" | "down", "kernel"):
+                    _known[key] = encode(weights.reshape(-1, width))
+                case _:
+                    _known[key] = None
         weakref.finalize(weights, _known.pop, key, None).atexit = False
     return _known[key]
-
-
-def _as_matrix(path: tuple[str | int, ...], weights: jax.Array, width: int) -> jax.Array | None:
-    """Weights of a product as `[inputs, outputs]`; None of anything else."""
-    match path:
-        case ("embedding" | "unembedding",):
-            return weights.T
-        case ("layers", _, "attention" | "mlp", "qkv" | "up", "kernel"):
-            return weights.reshape(width, -1)
-        case ("layers", _, "attention" | "mlp", "output" | "down", "kernel"):
-            return weights.reshape(-1, width)
-    return None

@@ -15,6 +15,7 @@ typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may
 typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 inline const Integers& At(const int32_t* x) { return *reinterpret_cast<const Integers*>(x); }
+inline Integers& At(int32_t* x) { return *reinterpret_cast<Integers*>(x); }
 
 // exp(x) for x <= 0, to a unit in the last place or two: 2^n times a polynomial on [-ln2/2, ln2/2].
 inline Vector Exp(Vector x) {
