@@ -133,6 +133,7 @@ def run_seed(
         ledger=ledger,
         metrics=metrics,
     )
+    command.spare_collector()
     loop.check(task.evaluation)
     learned = loop.run()
     vote = task.reward.vote if isinstance(task.reward, ExactMatch) else None

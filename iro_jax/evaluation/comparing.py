@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.special
+import scipy  # loads its parts where they are used
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 

@@ -18,8 +18,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import scipy.optimize
-import scipy.special
+import scipy  # loads its parts where they are used
 from jaxtyping import Float
 
 # AlpacaEval 2 chooses the inverse strength of its L1 penalty among ten powers from 1e-4 to 1e4 by

@@ -25,6 +25,7 @@ done (`Cache.admit`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import chex
@@ -91,22 +92,16 @@ class CachePart:
         traced.
         """
 
-        def put(beams: Array, fresh: Array, axis: int) -> Array:
-            def of_prompt(beams, fresh, cursor):
-                return lax.dynamic_update_slice_in_dim(beams, fresh, cursor, axis)
-
-            return jax.vmap(of_prompt)(beams, fresh, self.cursor)
-
         def put_layers(beams: tuple[Array, ...], fresh: tuple[Array, ...]) -> tuple[Array, ...]:
             return tuple(
-                pack(put(self.unpack(x), new.unpack(y), -2))
+                pack(_put(self.unpack(x), new.unpack(y), self.cursor, -2))
                 for x, y in zip(beams, fresh, strict=True)
             )
 
         return CachePart(
             keys=put_layers(self.keys, new.keys),
             values=put_layers(self.values, new.values),
-            positions=put(self.positions, new.positions, -1),
+            positions=_put(self.positions, new.positions, self.cursor, -1),
             lengths=self.lengths + new.lengths,
             # Those of a prompt that is done go on, but hold nothing new.
             cursor=jnp.minimum(self.cursor + new.slots, self.slots),
@@ -285,6 +280,17 @@ def pack(x: Float[Array, "*lead kv_heads slots head_dim"]) -> Array:
     return x.reshape(*(size for size in x.shape[:-2] if size > 1), *x.shape[-2:])
 
 
+@functools.partial(jax.jit, static_argnums=3)  # traced and lowered once for all layers
+def _put(beams: Array, fresh: Array, cursor: Int[Array, " P"], axis: int) -> Array:
+    """Beams with something fresh along `axis`, from each prompt's cursor on."""
+
+    def of_prompt(beams, fresh, cursor):
+        return lax.dynamic_update_slice_in_dim(beams, fresh, cursor, axis)
+
+    return jax.vmap(of_prompt)(beams, fresh, cursor)
+
+
+@jax.jit
 def take(x: Array, indices: Int[Array, "P K"]) -> Array:
     """`x[p, indices[p, k]]` for `x` of shape `[P, M, ...]`."""
     return jax.vmap(lambda rows, chosen: rows[chosen])(x, indices)
