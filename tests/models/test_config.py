@@ -3,6 +3,7 @@
 import pytest
 
 from iro_jax.models import FAMILIES, translate_config
+from iro_jax.models.families import normal
 from iro_jax.testing import tiny_config
 
 
@@ -72,3 +73,29 @@ def test_errors_name_the_origin_and_the_field():
             },
             origin="my.json",
         )
+
+
+def test_what_transformers_says_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+    ask = normal._by_transformers
+
+    def ask_and_count(*question):
+        asked.append(question)
+        return ask(*question)
+
+    monkeypatch.setattr(normal, "_by_transformers", ask_and_count)
+    small, large = ({"hidden_size": size, "head_dim": None} for size in (64, 128))
+    first = normal.normal_config("llama", small)
+    assert normal.normal_config("llama", dict(reversed(small.items()))) == first
+    assert len(asked) == 1
+    assert normal.normal_config("llama", large)["hidden_size"] == 128
+    assert normal.normal_config("mistral", small)["model_type"] == "mistral"
+    assert len(asked) == 3
+    for file in (tmp_path / "iro_jax" / "configs").iterdir():
+        file.write_text(file.read_text()[:50])
+    assert normal.normal_config("llama", small) == first  # half a file is not believed
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    assert normal.normal_config("llama", small) == first  # there is nowhere to keep it
+    assert len(asked) == 5

@@ -9,6 +9,7 @@ from iro_jax.models.families.gemma import GEMMA2, GEMMA3
 from iro_jax.models.families.gpt_neox import GPT_NEOX
 from iro_jax.models.families.llama import LLAMA
 from iro_jax.models.families.mistral import MISTRAL
+from iro_jax.models.families.normal import normal_config
 from iro_jax.models.families.qwen import QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {
@@ -50,13 +51,10 @@ def translate_config(
       dtype: of the computation.
       origin: where the configuration comes from, for messages.
     """
-    from transformers import AutoConfig
-
     family = family_of(raw_config, origin)
     fields = {key: value for key, value in raw_config.items() if key != "model_type"}
     try:
-        normal = AutoConfig.for_model(family.model_type, **fields).to_dict()
-        config = family.translate(normal)
+        config = family.translate(normal_config(family.model_type, fields))
     except KeyError as error:
         raise ValueError(f"{origin}: field {error} is missing") from error
     except Exception as error:  # transformers raises types of its own for malformed fields
