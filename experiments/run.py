@@ -9,6 +9,7 @@ on with the same command. Several hosts run it together with `--distributed`, se
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ def run(
         of_seed.seed = seed
         place = folder if len(seeds) == 1 else folder / f"seed_{seed}"
         results.append(run_seed(of_seed, place, progress=progress, wandb=wandb))
+        gc.unfreeze()  # what the seed has left may go
     if hosts.first():
         print(write_table(folder, results))
         try:

@@ -56,7 +56,11 @@ def xla_alone(monkeypatch):
     """No kernel of ours on CPUs: XLA counts its own work alone."""
     from kernels import native
 
+    # What was traced with kernels, or without, must not serve the other.
+    jax.clear_caches()
     monkeypatch.setattr(native, "available", lambda: False)
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

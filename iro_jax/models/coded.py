@@ -83,19 +83,23 @@ def _at_hand(weights: Any) -> bool:
 def _coded(path: tuple[str | int, ...], weights: Any, width: int) -> Coded | None:
     if not _at_hand(weights):
         return None
-    from kernels import encode
-
     key = id(weights)
     if key not in _known:
         with jax.ensure_compile_time_eval():  # a program that is traced may close over weights
-            match path:
-                case ("embedding" | "unembedding",):
-                    _known[key] = encode(weights, transposed=True)
-                case ("layers", _, "attention" | "mlp", "qkv" | "up", "kernel"):
-                    _known[key] = encode(weights.reshape(width, -1))
-                case ("layers", _, "attention" | "mlp", "output" | "down", "kernel"):
-                    _known[key] = encode(weights.reshape(-1, width))
-                case _:
-                    _known[key] = None
+            _known[key] = _encoded(path, weights, width)
         weakref.finalize(weights, _known.pop, key, None).atexit = False
     return _known[key]
+
+
+def _encoded(path: tuple[str | int, ...], weights: jax.Array, width: int) -> Coded | None:
+    """Weights of a product; None of anything else."""
+    from kernels import encode
+
+    match path:
+        case ("embedding" | "unembedding",):
+            return encode(weights, transposed=True)
+        case ("layers", _, "attention" | "mlp", "qkv" | "up", "kernel"):
+            return encode(weights.reshape(width, -1))
+        case ("layers", _, "attention" | "mlp", "output" | "down", "kernel"):
+            return encode(weights.reshape(-1, width))
+    return None

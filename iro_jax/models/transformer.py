@@ -213,18 +213,18 @@ class Block(nnx.Module):
         attended = attend(queries, parts, self.attention.config.attention_softcap)
         return self._after_attention(x, attended, adapters)
 
-    # Both are traced and lowered once for all layers alike.
-
     @jax.jit
     def _before_attention(
         self, x: Array, rope_tables: tuple[Array, Array], adapter: Adapter | None
     ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values; traced and lowered once for all layers alike."""
         return self.attention.project(self.attention_norm(x), rope_tables, adapter)
 
     @jax.jit
     def _after_attention(
         self, x: Array, attended: Array, adapters: Mapping[Target, Adapter]
     ) -> Array:
+        """The residual stream behind the layer; traced and lowered once, too."""
         attended = self.attention.output(attended.astype(x.dtype), adapters.get("output"))
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)

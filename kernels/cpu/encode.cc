@@ -5,6 +5,7 @@
 // The blocks of 32 numbers of some neighbouring columns are tried together, each with the slopes
 // that the quantisers of GGUF would have chosen for it.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -33,7 +34,7 @@ inline Vector Round(Vector x) {
   return (x + magic) - magic;
 }
 
-// To the nearest number of 16 bits, which slopes are in files.
+// To the nearest number of 16 bits, which slopes are in files: times a code, they are exact.
 inline Vector Half(Vector x) {
   const Vector few = (x + 0.5f) - 0.5f;  // below 2^-14 they are multiples of 2^-24
   Integers bits = reinterpret_cast<const Integers&>(x);

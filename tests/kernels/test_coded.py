@@ -98,11 +98,11 @@ def test_the_kernel_takes_what_it_can():
     assert CALL not in tpu.as_text()
 
 
-def test_without_the_kernel_it_is_the_product_too(monkeypatch):
+def test_without_the_kernel_it_is_the_product_too(request):
     w = quantised(96, 50)
     coded = encode(jnp.asarray(w))
     x = np.random.default_rng(1).normal(size=(7, 96)).astype("f")
-    monkeypatch.setattr(native, "available", lambda: False)
+    request.getfixturevalue("xla_alone")
     assert encode(jnp.asarray(w)) is None
     found = jax.jit(matmul_coded)(x, coded)
     np.testing.assert_allclose(found, x @ w, rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 Everything that can be wrong with a checkpoint is found from headers and configuration,
 before the first weight is read. Then each parameter goes straight from the file to the
 devices that hold it: a device's shard is assembled from the parts of the tensors it is
-made of, in small blocks, so that no more than one shard is ever on the host.
+made of, in small blocks, so that no more than two shards are ever on the host.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def _load(
         return load_parameter(checkpoint, layout[path], shape, dtype, shardings[path], empty)
 
     loaded = {}
-    # One decodes while the other copies.
+    # One decodes while the other copies: as many shards are on the host.
     with progress, ThreadPoolExecutor(_LOADERS) as loaders:
         for (path, variable), array in zip(
             abstract.items(), loaders.map(load, abstract), strict=True
