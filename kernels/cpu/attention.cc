@@ -4,11 +4,13 @@
 // running softmax joins (Milakov & Gimelshein 2018; Dao et al. 2022). A part has a number of
 // places of equal size: place i holds the keys of tokens [i T / places, (i + 1) T / places).
 //
-//   task: one head of a block of tokens      Q  [tokens * group, size]    copied once
-//   for each part, place, and kColumns keys: K' [size, kColumns]          copied, transposed
+//   task: one head of a block of tokens    Q  [tokens * group, size]    copied once
+//   for each part, place, and kKeys keys:
 //     S = Q K',  P = exp(S - max),  O = O exp(old max - max) + P V
 //
-// A token's result does not depend on the tokens beside it.
+// Keys are copied, transposed, for a product by tiles; those of the last part are read where they
+// lie if every token has a place of its own there, and so no more than `group` queries. But for that,
+// a token's result does not depend on the tokens beside it.
 
 #include <algorithm>
 #include <cstdint>
@@ -27,6 +29,11 @@ namespace ffi = xla::ffi;
 
 // Queries of one task, about, and tasks that each thread should find at least.
 constexpr int64_t kQueries = 96, kTasks = 3;
+// Keys that are attended to at once, and those of a tile.
+constexpr int64_t kKeys = 64, kTileKeys = kWide * kLanes;
+// Queries of one place that are few enough to read keys once for each.
+constexpr int64_t kFewQueries = 8;
+static_assert(kKeys % kTileKeys == 0, "scores of whole tiles");
 // Less than any score, and finite, so that nothing seen gives exp(0) * 0.
 constexpr float kHidden = -1e30f;
 
@@ -55,9 +62,9 @@ struct Attention {
     const int64_t rows = (last - first) * group, width = Width();
     s.queries.resize(rows * size);
     s.sums.assign(rows * width, 0.0f);
-    s.keys.resize(size * kColumns);
-    s.values.resize(kColumns * width);
-    s.scores.resize(rows * kColumns);
+    s.keys.resize(size * kTileKeys);
+    s.values.resize(kKeys * width);
+    s.scores.resize(rows * kKeys);
     s.maximum.assign(rows, kHidden);
     s.total.assign(rows, 0.0f);
     for (int64_t t = first; t < last; ++t)
@@ -67,7 +74,7 @@ struct Attention {
       const int64_t each = tokens / part.places;
       for (int64_t t = first, end; t < last; t = end) {
         end = std::min(last, (t / each + 1) * each);
-        for (int64_t slot = 0; slot < part.used; slot += kColumns)
+        for (int64_t slot = 0; slot < part.used; slot += kKeys)
           Attend(part, (t / each * heads + head) * part.slots + slot, slot, t, end, first, s);
       }
     }
@@ -81,19 +88,16 @@ struct Attention {
   // From tokens [t, end) to the slots of one place from `slot` on, whose keys begin at row `place`.
   void Attend(const Part& part, int64_t place, int64_t slot, int64_t t, int64_t end, int64_t first,
               Scratch& s) const {
-    const int64_t width = Width();
-    int64_t count = std::min(kColumns, part.used - slot);
+    const int64_t width = Width(), next = heads * part.slots;
     const uint8_t* seen = part.visible + t * part.slots + slot;
     // Slots at the end that no token sees are left out: a chunk fills up as it is written.
-    uint8_t anybody[kColumns] = {};
-    for (int64_t i = 0; i < end - t; ++i)
-      for (int64_t j = 0; j < count; ++j) anybody[j] |= seen[i * part.slots + j];
-    while (count > 0 && !anybody[count - 1]) --count;
+    const int64_t count = Shown(seen, part.slots, end - t, std::min(kKeys, part.used - slot));
     if (count == 0) return;
 
-    const int vectors = Parts(count, kLanes);
-    Transpose(part.keys + place * size, size, count, size, s.keys.data(), kColumns);
+    const float* keys = part.keys + place * size;
     const float* values = part.values + place * size;
+    Fetch(values, count * size);
+    if (place + next < part.places * next) Fetch(keys + next * size, count * size);
     if (width != size) {
       for (int64_t j = 0; j < count; ++j)
         std::fill(std::copy_n(values + j * size, size, s.values.data() + j * width),
@@ -102,30 +106,70 @@ struct Attention {
     }
 
     const int64_t row = (t - first) * group, rows = (end - t) * group;
-    float* scores = s.scores.data() + row * kColumns;
+    const float* q = s.queries.data() + row * size;
+    float* scores = s.scores.data() + row * kKeys;
     float* sums = s.sums.data() + row * width;
-    const auto tiles = vectors == 1   ? Tiles<kRows, 1>
-                       : vectors == 2 ? Tiles<kRows, 2>
-                                      : Tiles<kRows, kVectors>;
-    tiles(rows, s.queries.data() + row * size, size, s.keys.data(), kColumns, size, scores,
-          kColumns, false);
+    if (&part == &parts.back() && part.places == tokens && group <= kFewQueries && width == size)
+      FewScores(rows, q, keys, count, scores);
+    else
+      Scores(rows, q, keys, count, s.keys.data(), scores);
+    const int vectors = Parts(count, kLanes);
     for (int64_t i = 0; i < end - t; ++i) {
-      uint8_t bytes[kColumns] = {};
+      uint8_t bytes[kKeys] = {};
       std::copy_n(seen + i * part.slots, count, bytes);
-      Integers mask[kVectors];
+      Integers mask[kKeys / kLanes];
       for (int v = 0; v < vectors; ++v)
         mask[v] = __builtin_convertvector(*reinterpret_cast<const Bytes*>(bytes + v * kLanes),
                                           Integers) != 0;
       for (int64_t r = i * group; r < (i + 1) * group; ++r)
-        Weigh(scores + r * kColumns, vectors, mask, sums + r * width, s.maximum[row + r],
+        Weigh(scores + r * kKeys, vectors, mask, sums + r * width, s.maximum[row + r],
               s.total[row + r]);
     }
     int64_t d = 0;
     for (; d + kWide * kLanes <= width; d += kWide * kLanes)
-      Tiles<kWideRows, kWide>(rows, scores, kColumns, values + d, width, count, sums + d, width,
-                              true);
+      Tiles<kWideRows, kWide>(rows, scores, kKeys, values + d, width, count, sums + d, width, true);
     for (; d < width; d += kLanes)
-      Tiles<kRows, 1>(rows, scores, kColumns, values + d, width, count, sums + d, width, true);
+      Tiles<kRows, 1>(rows, scores, kKeys, values + d, width, count, sums + d, width, true);
+  }
+
+  // How many of `count` slots are left without those at the end that none of the tokens sees.
+  static int64_t Shown(const uint8_t* seen, int64_t slots, int64_t tokens, int64_t count) {
+    int64_t shown = 0;
+    for (int64_t i = 0; i < tokens && shown < count; ++i)
+      for (int64_t j = count; j > shown; --j)
+        if (seen[i * slots + j - 1]) shown = j;
+    return shown;
+  }
+
+  // Into the cache behind the nearest: places are too short for processors to see them coming.
+  static void Fetch(const float* x, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(x + i, 0, 2);
+  }
+
+  // S = Q K' with a copy of transposed keys, for which there is `room`.
+  void Scores(int64_t rows, const float* q, const float* keys, int64_t count, float* room,
+              float* scores) const {
+    for (int64_t j = 0; j < count; j += kTileKeys) {
+      const int64_t some = std::min(kTileKeys, count - j);
+      Transpose(keys + j * size, size, some, size, room, kTileKeys);
+      const int vectors = Parts(some, kLanes);
+      const auto tiles = vectors == 1   ? Tiles<kRows, 1>
+                         : vectors == 2 ? Tiles<kRows, 2>
+                         : vectors == 3 ? Tiles<kRows, kVectors>
+                                        : Tiles<kWideRows, kWide>;
+      tiles(rows, q, size, room, kTileKeys, size, scores + j, kKeys, false);
+    }
+  }
+
+  // The same from keys as they are, whose size is of whole vectors.
+  void FewScores(int64_t rows, const float* q, const float* keys, int64_t count,
+                 float* scores) const {
+    for (int64_t r = 0; r < rows; ++r, q += size, scores += kKeys) {
+      int64_t j = 0;
+      for (; j + kLanes <= count; j += kLanes)
+        At(scores + j) = Dots<true>(q, keys + j * size, size, kLanes);
+      if (j < count) At(scores + j) = Dots<false>(q, keys + j * size, size, count - j);
+    }
   }
 
   // Scores become weights relative to the largest so far; what was summed up follows it.

@@ -13,8 +13,11 @@
 //
 // A row's result does not depend on the rows beside it.
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "tasks.h"
 #include "tiles.h"
@@ -29,26 +32,33 @@ namespace ffi = xla::ffi;
 
 constexpr int64_t kDepth = 576;
 constexpr int64_t kRowBlock = 256;
-// Up to kSomeRows rows memory takes much of the time, up to kFewRows most of it. Panels are only
-// kMiddle and kShallow deep then: they lie in the nearest cache while the next one is fetched.
+// Up to kSomeRows rows memory takes much of the time, up to kFewRows most of it. The next panel is
+// fetched beside the tiles then; panels are only kMiddle and kShallow deep, so that they fit into the
+// nearest cache. Where that is too small for kMiddle, the next panel of codes is made there as well.
 constexpr int64_t kFewRows = 32, kShallow = 48, kSomeRows = 160, kMiddle = 192;
 static_assert(kDepth % kCodedBlock == 0 && kMiddle % kCodedBlock == 0, "panels of whole blocks");
 // Tasks that each thread should find at least, and panels of a task at most.
 constexpr int64_t kTasks = 4, kPanels = 4;
 
-// Fetches every `every`th piece of the panel at (from, column) into the cache that lies behind the
-// nearest. Spread over the tiles, it leaves room for the loads of the products.
-template <typename Weights>
-struct Fetch {
-  Weights weights;
-  int64_t from, column, piece;
-  int every, left;
+bool FitsIntoNearestCache(int64_t bytes) {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const int64_t size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  return bytes <= size;
+#else
+  return true;
+#endif
+}
 
-  void operator()(int64_t) {
-    if (--left > 0) return;
-    left = every;
-    weights.Fetch(from, column, piece);
-    piece += every;
+// What is done for the next panel beside one tile, spread over its stretches, so that there is room
+// for the loads of the products.
+template <typename Action>
+struct Spread {
+  Action action;
+  int64_t next, end, stretches;
+  int64_t each = end - next, due = 0;
+
+  inline __attribute__((always_inline)) void operator()() {
+    for (due += each; due >= stretches; due -= stretches) action(next++);
   }
 };
 
@@ -59,32 +69,71 @@ struct Product {
   float* y;
   int64_t m, n, k;
 
-  // `after` is the column of the panel that is likely to come next.
-  void Panel(int64_t column, int64_t top, int64_t after) const {
-    alignas(64) static thread_local float panel[kDepth * kColumns], spare[kRowBlock * kColumns];
-    const int64_t rows = std::min(kRowBlock, m - top), columns = std::min(kColumns, n - column);
-    float *out = y + top * n + column, *c = out;
+  struct Panel {
+    int64_t from, column, depth;
+  };
+
+  // The panels from `first` to `last` for a block of rows from `top` on. `after` is the one that is
+  // likely to come next.
+  void Panels(int64_t first, int64_t last, int64_t after, int64_t top) const {
+    const bool few = Weights::kMayBeShallow && m <= kFewRows, some = m <= kSomeRows;
+    const bool fits = FitsIntoNearestCache(kMiddle * kColumns * sizeof(float));
+    const int64_t step = few ? kShallow : some && fits ? kMiddle : kDepth;
+    const auto at = [&](int64_t from, int64_t panel) {
+      return Panel{from, panel * kColumns, std::min(step, k - from)};
+    };
+    float *now = made[0], *then = made[1];
+    bool ready = false;
+    for (int64_t panel = first; panel < last; ++panel)
+      for (int64_t from = 0; from < k; from += step) {
+        const Panel here = at(from, panel);
+        const bool below = from + step < k, beside = panel + 1 < last;
+        const Panel next = below ? at(from + step, panel) : at(0, beside ? panel + 1 : after);
+        if (!ready) w.Pack(here.from, here.column, here.depth, Columns(here), now);
+        ready = false;
+        if constexpr (Weights::kInPieces) ready = some && !fits && (below || beside);
+        if (!ready) {
+          Multiply(here, top, now, some ? here.depth : 0, [next, w = w](int64_t i) {
+            w.Fetch(next.from, next.column, i);
+          });
+        } else if constexpr (Weights::kInPieces) {
+          Multiply(here, top, now, Weights::Pieces(next.depth), [next, then, w = w](int64_t i) {
+            w.Piece(next.from, next.column, i, then);
+          });
+          std::swap(now, then);
+        }
+      }
+  }
+
+ private:
+  alignas(64) static inline thread_local float made[2][kDepth * kColumns];
+  alignas(64) static inline thread_local float spare[kRowBlock * kColumns];
+
+  int64_t Columns(const Panel& panel) const { return std::min(kColumns, n - panel.column); }
+
+  // One panel's products, and so many actions beside them.
+  template <typename Action>
+  void Multiply(const Panel& here, int64_t top, const float* panel, int64_t actions,
+                Action action) const {
+    const int64_t rows = std::min(kRowBlock, m - top), columns = Columns(here);
+    const float* a = x + top * k + here.from;
+    float *out = y + top * n + here.column, *c = out;
     int64_t c_row = n;
     if (columns < kColumns) c = spare, c_row = kColumns;  // a tile would write over the edge
-    const bool shallow = Weights::kMayBeShallow && m <= kFewRows;
-    const int64_t step = m > kSomeRows ? kDepth : shallow ? kShallow : kMiddle;
-    for (int64_t from = 0; from < k; from += step) {
-      const int64_t depth = std::min(step, k - from);
-      const float* a = x + top * k + from;
-      w.Pack(from, column, depth, columns, panel);
-      int64_t row = 0;
-      if (m <= kSomeRows) {
-        const int tiles = rows / kRows;
-        const bool below = from + step < k;
-        const int64_t next = below ? from + step : 0, beside = below ? column : after;
-        for (int tile = 0; tile < tiles; ++tile, row += kRows)
-          Tile<kRows, kVectors>(a + row * k, k, panel, kColumns, depth, c + row * c_row, c_row,
-                                from > 0, Fetch<Weights>{w, next, beside, tile, tiles, tile + 1});
-      }
-      Tiles<kRows, kVectors>(rows - row, a + row * k, k, panel, kColumns, depth, c + row * c_row,
-                             c_row, from > 0);
+    const bool add = here.from > 0;
+    int64_t row = 0;
+    if (actions > 0) {
+      const int64_t tiles = rows / kRows, stretches = Parts(here.depth, kStretch);
+      for (int64_t tile = 0; tile < tiles; ++tile, row += kRows)
+        Tile<kRows, kVectors>(a + row * k, k, panel, kColumns, here.depth, c + row * c_row, c_row,
+                              add, Spread<Action>{action, tile * actions / tiles,
+                                                  (tile + 1) * actions / tiles, stretches});
+      if (tiles == 0)
+        for (int64_t i = 0; i < actions; ++i) action(i);
     }
-    if (c != out)
+    Tiles<kRows, kVectors>(rows - row, a + row * k, k, panel, kColumns, here.depth,
+                           c + row * c_row, c_row, add);
+    if (c != out && here.from + here.depth == k)
       for (int64_t r = 0; r < rows; ++r) std::copy_n(c + r * c_row, columns, out + r * n);
   }
 };
@@ -102,11 +151,8 @@ ffi::Error Multiply(ffi::ThreadPool& pool, const float* x, const Weights& w, flo
   const int64_t group = Parts(fit, Weights::kTogether) * Weights::kTogether;
   const int64_t groups = Parts(panels, group);
   Run(pool, groups * Parts(m, kRowBlock), m * n * k, [=](int64_t task) {
-    const int64_t first = task % groups * group, last = std::min(first + group, panels);
-    const int64_t next_first = (task + threads) % groups * group;
-    for (int64_t panel = first; panel < last; ++panel)
-      product.Panel(panel * kColumns, task / groups * kRowBlock,
-                    (panel + 1 < last ? panel + 1 : next_first) * kColumns);
+    const int64_t first = task % groups * group, after = (task + threads) % groups * group;
+    product.Panels(first, std::min(first + group, panels), after, task / groups * kRowBlock);
   });
   return ffi::Error::Success();
 }

@@ -29,12 +29,16 @@ inline Vector& At(float* x) { return *reinterpret_cast<Vector*>(x); }
 
 constexpr int64_t Parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
+// Steps of a tile between two calls of what is done beside it.
+constexpr int64_t kStretch = 16;
+
 struct Nothing {
-  void operator()(int64_t) const {}
+  void operator()() const {}
 };
 
 // c = a b, or c += a b, for R rows of `depth` numbers of a and V vectors of columns of b. The
-// numbers after `_row` are the distances between rows. Calls beside(k) before every step.
+// numbers after `_row` are the distances between rows. Calls beside() before every stretch
+// of steps.
 template <int R, int V, typename Beside = Nothing>
 inline __attribute__((always_inline)) void Tile(const float* a, int64_t a_row, const float* b,
                                                 int64_t b_row, int64_t depth, float* c,
@@ -44,18 +48,21 @@ inline __attribute__((always_inline)) void Tile(const float* a, int64_t a_row, c
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = add ? At(c + r * c_row + v * kLanes) : Vector{};
-  // Where another thread shares the core's decoders, every instruction beside the products costs.
+  for (int64_t k = 0; k < depth;) {
+    beside();
+    const int64_t end = std::min(k + kStretch, depth);
+    // Where another thread shares the core's decoders, every instruction beside the products costs.
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k) {
-    beside(k);
-    Vector row[V];
+    for (; k < end; ++k) {
+      Vector row[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) row[v] = At(b + k * b_row + v * kLanes);
+      for (int v = 0; v < V; ++v) row[v] = At(b + k * b_row + v * kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vector factor = a[r * a_row + k] - Vector{};
+      for (int r = 0; r < R; ++r) {
+        const Vector factor = a[r * a_row + k] - Vector{};
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
+        for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
+      }
     }
   }
 #pragma GCC unroll 8

@@ -14,6 +14,9 @@ namespace iro_jax {
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
+// Numbers of a cache line.
+constexpr int64_t kLine = 16;
+
 inline const Integers& At(const int32_t* x) { return *reinterpret_cast<const Integers*>(x); }
 inline Integers& At(int32_t* x) { return *reinterpret_cast<Integers*>(x); }
 
@@ -89,6 +92,53 @@ inline void TransposeSquare(const float* from, int64_t from_row, int64_t rows, f
 }
 #endif
 #endif
+
+// The sums of kLanes vectors, each in a lane of its own. Overwrites them.
+inline Vector SumEach(Vector* x) {
+#ifdef IRO_JAX_SHUFFLES
+  constexpr std::make_integer_sequence<int, kLanes> lanes;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      x[i] = InTurn<0>(x[i], x[i + half], lanes) +
+             InTurn<kLanes / 2>(x[i], x[i + half], lanes);
+  return x[0];
+#else
+  Vector sums;
+  for (int i = 0; i < kLanes; ++i) sums[i] = Sum(x[i]);
+  return sums;
+#endif
+}
+
+// Adds products of V neighbouring vectors of one query with those of each of kLanes keys.
+template <bool kAll, int V>
+inline __attribute__((always_inline)) void AddProducts(const float* query, const float* keys,
+                                                       int64_t size, int64_t count,
+                                                       Vector* sums) {
+  Vector factor[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) factor[v] = At(query + v * kLanes);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i, keys += size)
+    if (kAll || i < count)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[i] += factor[v] * At(keys + v * kLanes);
+}
+
+// One query's products with kLanes keys, of which the first `count` are there, or all. The others'
+// are zero. `size` is of whole vectors.
+template <bool kAll>
+inline Vector Dots(const float* query, const float* keys, int64_t size, int64_t count) {
+  Vector sums[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) sums[i] = Vector{};
+  int64_t d = 0;
+  for (; d + kWide * kLanes <= size; d += kWide * kLanes)
+    AddProducts<kAll, kWide>(query + d, keys + d, size, count, sums);
+  for (; d < size; d += kLanes) AddProducts<kAll, 1>(query + d, keys + d, size, count, sums);
+  return SumEach(sums);
+}
 
 // to[c, r] = from[r, c], where rows of `to` are whole vectors: what is missing at their ends is
 // zero. The numbers after `_row` are the distances between rows.

@@ -1,6 +1,7 @@
 // Where the weights of a product are read from: whole numbers, or codes of few bits.
 //
-// A panel is kColumns columns and `depth` rows of w[k, n] from (from, column) on.
+// A panel is kColumns columns and `depth` rows of w[k, n] from (from, column) on. It is made by
+// Pack, or in pieces by Piece.
 
 #ifndef IRO_JAX_KERNELS_CPU_WEIGHTS_H_
 #define IRO_JAX_KERNELS_CPU_WEIGHTS_H_
@@ -21,6 +22,7 @@ struct Whole {
   // A panel of transposed weights is never shallow: its rows lie side by side in memory.
   static constexpr bool kMayBeShallow = !kTransposed;
   static constexpr int64_t kTogether = 1;
+  static constexpr bool kInPieces = false;
 
   // Copies a panel of which only so many columns are there; the others are zero.
   void Pack(int64_t from, int64_t column, int64_t depth, int64_t columns, float* panel) const {
@@ -40,7 +42,6 @@ struct Whole {
 
   // Fetches the i-th of a panel's `depth` pieces of kColumns numbers.
   void Fetch(int64_t from, int64_t column, int64_t i) const {
-    constexpr int kLine = 16;
     const float* piece = kTransposed ? Corner(from, column + i % kColumns) + i / kColumns * kColumns
                                      : Corner(from + i, column);
 #pragma GCC unroll 3
@@ -69,32 +70,39 @@ struct Coded {
   int64_t k;
 
   static constexpr bool kMayBeShallow = false;
+  static constexpr bool kInPieces = true;
   // Panels that share cache lines.
   static constexpr int64_t kTogether = kWidth / kColumns;
+  // Rows between a piece and what is fetched meanwhile.
+  static constexpr int64_t kSoon = 192;
 
-  // `from` and `depth` are whole blocks; the columns behind the last one are there, too.
-  void Pack(int64_t from, int64_t column, int64_t depth, int64_t, float* panel) const {
-    const int64_t row = column / kWidth * k + from, inside = column % kWidth;
-    const int32_t* word = words + row / kCodes * kWidth + inside;
-    const float* line = lines + row / kBlock * 2 * kWidth + inside;
-    for (int64_t i = 0; i < depth; i += kBlock, line += 2 * kWidth) {
-      Vector slope[kVectors], offset[kVectors];
-#pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) {
-        slope[v] = At(line + v * kLanes);
-        offset[v] = At(line + kWidth + v * kLanes);
-      }
-      for (int j = 0; j < kBlock / kCodes; ++j, word += kWidth)
-#pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) {
-          Integers codes = At(word + v * kLanes);
+  // A piece is a vector of columns of a block. `depth` and `from` are of whole blocks; the columns
+  // behind the last one are there, too.
+  static constexpr int64_t Pieces(int64_t depth) { return depth / kBlock * kVectors; }
+
+  inline __attribute__((always_inline)) void Piece(int64_t from, int64_t column, int64_t i,
+                                                   float* panel) const {
+    const int64_t block = i / kVectors, beside = i % kVectors * kLanes;
+    const int64_t row = column / kWidth * k + from + block * kBlock;
+    const int64_t lane = column % kWidth + beside;
+    const int32_t* word = words + row / kCodes * kWidth + lane;
+    const float* line = lines + row / kBlock * 2 * kWidth + lane;
+    const Vector slope = At(line), offset = At(line + kWidth);
+    for (int64_t v = 0; v < 2; ++v)
+      __builtin_prefetch(line + (kSoon / kBlock * 2 + v) * kWidth, 0, 2);
+    panel += block * kBlock * kColumns + beside;
+    for (int j = 0; j < kBlock / kCodes; ++j, word += kWidth) {
+      __builtin_prefetch(word + kSoon / kCodes * kWidth, 0, 2);
+      Integers codes = At(word);
 #pragma GCC unroll 8
-          for (int c = 0; c < kCodes; ++c, codes >>= kBits)
-            At(panel + (j * kCodes + c) * kColumns + v * kLanes) =
-                slope[v] * __builtin_convertvector(codes & ((1 << kBits) - 1), Vector) + offset[v];
-        }
-      panel += kBlock * kColumns;
+      for (int c = 0; c < kCodes; ++c, codes >>= kBits, panel += kColumns)
+        At(panel) =
+            slope * __builtin_convertvector(codes & ((1 << kBits) - 1), Vector) + offset;
     }
+  }
+
+  void Pack(int64_t from, int64_t column, int64_t depth, int64_t, float* panel) const {
+    for (int64_t i = 0; i < Pieces(depth); ++i) Piece(from, column, i, panel);
   }
 
   void Fetch(int64_t from, int64_t column, int64_t i) const {
