@@ -81,7 +81,7 @@ def measure(network: Network, weights: Mapping[str, Params], sequences: int) -> 
         chunk_length=CHUNK,
     )
     _, cache = jax.jit(network.prefill)(weights["whole"], cache, prompts, mask)
-    tokens = jnp.asarray(rng.integers(0, 100, (num_prompts, BEAMS, SUCCESSORS, 1), np.int32))
+    tokens = rng.permutation(1000)[:sequences].reshape(num_prompts, BEAMS, SUCCESSORS, 1)
     chunk = jax.jit(functools.partial(sample_chunk, network, sampling))
     commit = jax.jit(Cache.commit)
     parents = jnp.tile(jnp.arange(BEAMS) * SUCCESSORS, (num_prompts, 1))

@@ -23,16 +23,23 @@ Product: TypeAlias = Callable[[Array, Array], Array]
 def layer_matmuls(
     params: Params, x: Float[Array, "rows D"], product: Product = matmul
 ) -> Float[Array, "rows D"]:
-    """The products of all layers, for every row; `product` computes those of weights in f32."""
+    """The products of all layers, for every row; `product` computes those of weights in f32.
+
+    Returns:
+      Rows that differ as `x` does, and change with every product.
+    """
     width = x.shape[-1]
+    change = jnp.zeros((), x.dtype)
     for index in params["layers"]:
         layer = params["layers"][index]
         for room, first, second in (("attention", "qkv", "output"), ("mlp", "up", "down")):
             kernel = layer[room][second]["kernel"].get_value()
             inner = kernel.num_inputs if isinstance(kernel, Coded) else kernel.size // width
+            # Without norms between them, products of products would soon be infinite.
             hidden = _multiply(x, layer[room][first]["kernel"].get_value(), product)
-            x = _multiply(hidden[:, :inner], kernel, product)
-    return x
+            # All of it is computed: XLA would leave out what nobody reads.
+            change += lax.optimization_barrier(_multiply(hidden[:, :inner], kernel, product))[0, 0]
+    return x + 1e-6 * change
 
 
 def _multiply(x: Array, kernel: Array | Coded, product: Product) -> Array:
@@ -53,7 +60,7 @@ def decode_matmuls(
         # times slower in one loop with whatever reads them.
         product = matmul_coded if isinstance(table, Coded) else matmul_transposed
         logits = lax.optimization_barrier(product(x, table))
-        return x + 1e-6 * logits[:, :1]
+        return x + 1e-6 * logits[0, 0]
 
     return lax.fori_loop(0, num_steps, step, x)
 
@@ -81,7 +88,9 @@ def search_matmuls(
     """
 
     def read_prompts(params: Params, rows: int) -> Array:
-        return jnp.resize(layer_matmuls(params, x), (rows, x.shape[-1]))
+        read = jnp.resize(layer_matmuls(params, x), (rows, x.shape[-1]))
+        # Kernels multiply equal rows once: all must differ.
+        return read * (1 + jnp.arange(rows)[:, None] / rows)
 
     def chunk(_, state):
         tokens, chunks = state

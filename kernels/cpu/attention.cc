@@ -35,6 +35,9 @@ constexpr int64_t kKeys = 64, kTileKeys = kWide * kLanes;
 constexpr int64_t kFewQueries = 8;
 static_assert(kKeys % kTileKeys == 0, "scores of whole tiles");
 // Less than any score, and finite, so that nothing seen gives exp(0) * 0.
+using In = Every<const float>;
+using Out = Every<float>;
+
 constexpr float kHidden = -1e30f;
 
 struct Part {
@@ -125,11 +128,12 @@ struct Attention {
         Weigh(scores + r * kKeys, vectors, mask, sums + r * width, s.maximum[row + r],
               s.total[row + r]);
     }
+    const In weights{scores, kKeys};
     int64_t d = 0;
     for (; d + kWide * kLanes <= width; d += kWide * kLanes)
-      Tiles<kWideRows, kWide>(rows, scores, kKeys, values + d, width, count, sums + d, width, true);
+      Tiles<kWideRows, kWide>(rows, weights, values + d, width, count, Out{sums + d, width}, true);
     for (; d < width; d += kLanes)
-      Tiles<kRows, 1>(rows, scores, kKeys, values + d, width, count, sums + d, width, true);
+      Tiles<kRows, 1>(rows, weights, values + d, width, count, Out{sums + d, width}, true);
   }
 
   // How many of `count` slots are left without those at the end that none of the tokens sees.
@@ -153,11 +157,11 @@ struct Attention {
       const int64_t some = std::min(kTileKeys, count - j);
       Transpose(keys + j * size, size, some, size, room, kTileKeys);
       const int vectors = Parts(some, kLanes);
-      const auto tiles = vectors == 1   ? Tiles<kRows, 1>
-                         : vectors == 2 ? Tiles<kRows, 2>
-                         : vectors == 3 ? Tiles<kRows, kVectors>
-                                        : Tiles<kWideRows, kWide>;
-      tiles(rows, q, size, room, kTileKeys, size, scores + j, kKeys, false);
+      const auto tiles = vectors == 1   ? Tiles<kRows, 1, In, Out>
+                         : vectors == 2 ? Tiles<kRows, 2, In, Out>
+                         : vectors == 3 ? Tiles<kRows, kVectors, In, Out>
+                                        : Tiles<kWideRows, kWide, In, Out>;
+      tiles(rows, In{q, size}, room, kTileKeys, size, Out{scores + j, kKeys}, false);
     }
   }
 

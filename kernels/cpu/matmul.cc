@@ -11,7 +11,8 @@
 //   kDepth |panel|     |            tasks: groups of panels x blocks of kRowBlock rows
 //          +-----+
 //
-// A row's result does not depend on the rows beside it.
+// A row's result does not depend on the rows beside it, and rows that are equal are multiplied once:
+// what follows counts the distinct ones alone.
 
 #include <unistd.h>
 
@@ -19,6 +20,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "distinct.h"
 #include "tasks.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -37,6 +39,8 @@ constexpr int64_t kRowBlock = 256;
 // nearest cache. Where that is too small for kMiddle, the next panel of codes is made there as well.
 constexpr int64_t kFewRows = 32, kShallow = 48, kSomeRows = 160, kMiddle = 192;
 static_assert(kDepth % kCodedBlock == 0 && kMiddle % kCodedBlock == 0, "panels of whole blocks");
+// Multiply-adds that take as long as copying a number, about.
+constexpr int64_t kCopying = 16;
 // Tasks that each thread should find at least, and panels of a task at most.
 constexpr int64_t kTasks = 4, kPanels = 4;
 
@@ -67,7 +71,9 @@ struct Product {
   const float* x;
   Weights w;
   float* y;
-  int64_t m, n, k;
+  int64_t n, k;
+  const Distinct* distinct;
+  int64_t m = distinct->rows().size();
 
   struct Panel {
     int64_t from, column, depth;
@@ -115,26 +121,33 @@ struct Product {
   template <typename Action>
   void Multiply(const Panel& here, int64_t top, const float* panel, int64_t actions,
                 Action action) const {
-    const int64_t rows = std::min(kRowBlock, m - top), columns = Columns(here);
-    const float* a = x + top * k + here.from;
-    float *out = y + top * n + here.column, *c = out;
-    int64_t c_row = n;
-    if (columns < kColumns) c = spare, c_row = kColumns;  // a tile would write over the edge
+    const int64_t rows = std::min(kRowBlock, m - top);
+    const int32_t* list = distinct->rows().data() + top;
+    const Listed<const float> a{x + here.from, k, list};
+    const Listed<float> c{y + here.column, n, list};
+    const int64_t columns = Columns(here);
+    if (columns == kColumns) return Multiply(here, rows, a, panel, c, actions, action);
+    // A tile would write over the edge.
+    Multiply(here, rows, a, panel, Every<float>{spare, kColumns}, actions, action);
+    if (here.from + here.depth == k)
+      for (int64_t i = 0; i < rows; ++i) std::copy_n(spare + i * kColumns, columns, c(i));
+  }
+
+  template <typename A, typename C, typename Action>
+  static void Multiply(const Panel& here, int64_t rows, A a, const float* panel, C c,
+                       int64_t actions, Action action) {
     const bool add = here.from > 0;
     int64_t row = 0;
     if (actions > 0) {
       const int64_t tiles = rows / kRows, stretches = Parts(here.depth, kStretch);
       for (int64_t tile = 0; tile < tiles; ++tile, row += kRows)
-        Tile<kRows, kVectors>(a + row * k, k, panel, kColumns, here.depth, c + row * c_row, c_row,
-                              add, Spread<Action>{action, tile * actions / tiles,
-                                                  (tile + 1) * actions / tiles, stretches});
+        Tile<kRows, kVectors>(a.From(row), panel, kColumns, here.depth, c.From(row), add,
+                              Spread<Action>{action, tile * actions / tiles,
+                                             (tile + 1) * actions / tiles, stretches});
       if (tiles == 0)
         for (int64_t i = 0; i < actions; ++i) action(i);
     }
-    Tiles<kRows, kVectors>(rows - row, a + row * k, k, panel, kColumns, here.depth,
-                           c + row * c_row, c_row, add);
-    if (c != out && here.from + here.depth == k)
-      for (int64_t r = 0; r < rows; ++r) std::copy_n(c + r * c_row, columns, out + r * n);
+    Tiles<kRows, kVectors>(rows - row, a.From(row), panel, kColumns, here.depth, c.From(row), add);
   }
 };
 
@@ -145,14 +158,20 @@ ffi::Error Multiply(ffi::ThreadPool& pool, const float* x, const Weights& w, flo
     std::fill_n(y, m * n, 0.0f);
     return ffi::Error::Success();
   }
-  const Product<Weights> product{x, w, y, m, n, k};
+  const Distinct distinct(x, m, k);
+  const Product<Weights> product{x, w, y, n, k, &distinct};
   const int64_t panels = Parts(n, kColumns), threads = Threads(pool);
   const int64_t fit = std::clamp<int64_t>(panels / (kTasks * threads), 1, kPanels);
   const int64_t group = Parts(fit, Weights::kTogether) * Weights::kTogether;
   const int64_t groups = Parts(panels, group);
-  Run(pool, groups * Parts(m, kRowBlock), m * n * k, [=](int64_t task) {
+  Run(pool, groups * Parts(product.m, kRowBlock), product.m * n * k, [=](int64_t task) {
     const int64_t first = task % groups * group, after = (task + threads) % groups * group;
     product.Panels(first, std::min(first + group, panels), after, task / groups * kRowBlock);
+  });
+  const auto& copies = distinct.copies();
+  const int64_t number = copies.size();
+  Run(pool, number, number * n * kCopying, [=, copy = copies.data()](int64_t i) {
+    std::copy_n(y + copy[i].of * n, n, y + copy[i].row * n);
   });
   return ffi::Error::Success();
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.benchmarks import common, floor
@@ -27,10 +28,22 @@ def matrices(params):
 
 
 def test_the_floor_computes_every_product():
-    params = tiny_network().init(jax.random.key(0))
+    network = tiny_network()
+    params = network.init(jax.random.key(0))
     x = jnp.ones((3, 16))  # few enough for XLA, which cannot count what kernels do
     program = jax.jit(floor.layer_matmuls).lower(params, x).compile()
-    assert program.cost_analysis()["flops"] == 2 * 3 * matrices(params)
+    additions = 2 * network.config.num_layers + x.size
+    assert program.cost_analysis()["flops"] == 2 * 3 * matrices(params) + additions
+
+
+def test_all_rows_of_the_floor_differ():
+    params = tiny_network().init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (16, 16))
+    sizes = {"candidates": 32, "chunk_length": 4, "num_chunks": 3}
+    tokens, [chunks] = floor.search_matmuls(params, (params,), x, **sizes)
+    for rows in (tokens, chunks):
+        assert len(np.unique(rows, axis=0)) == len(rows)
+    assert [tokens.shape, chunks.shape] == [(32, 16), (128, 16)]
 
 
 def test_the_floor_of_a_search_reads_each_value_network():

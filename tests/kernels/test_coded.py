@@ -81,6 +81,8 @@ def test_the_product_is_that_of_whole_weights(kind, shape):
     x = np.random.default_rng(1).normal(size=(600, shape[0])).astype("f")
     for rows in (4, 5, 16, 33, 161, 600):
         np.testing.assert_array_equal(product(x[:rows], coded), jax.jit(matmul)(x[:rows], w))
+    some = np.random.default_rng(2).integers(0, 90, 600)
+    np.testing.assert_array_equal(product(x[some], coded), np.asarray(product(x, coded))[some])
     whole = product(x, coded)
     for rows in (1, 2, 3):  # of whole weights, XLA computes these
         np.testing.assert_array_equal(product(x[:rows], coded), whole[:rows])

@@ -57,6 +57,30 @@ def test_a_row_does_not_depend_on_those_beside_it():
             np.testing.assert_array_equal(part, whole[first:last])
 
 
+def repeated(x, seed=0):
+    """Rows of x in any order and number, some of which are nearly others, or zeros, or infinite."""
+    rng = np.random.default_rng(seed)
+    rows = x[rng.integers(0, len(x) // 2, len(x))]
+    rows[::7, rng.integers(0, x.shape[1])] += 1.0
+    rows[1::11] = rows[1] * [[np.inf]]
+    rows[2::13] = 0.0
+    return rows
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(4, 3, 5), (64, 576, 49), (700, 600, 100)])
+def test_equal_rows_have_equal_products(shape):
+    x, w = operands(*shape)
+    x = repeated(x)
+    for product, weights in ((matmul, w), (matmul_transposed, w.T.copy())):
+        whole = np.asarray(jax.jit(product)(x, weights))
+        # Beside rows of other numbers, no two of these are equal.
+        others = np.random.default_rng(1).normal(size=(FEWEST_ROWS, shape[1])).astype("f")
+        for row, wanted in zip(x, whole, strict=True):
+            others[0] = row
+            np.testing.assert_array_equal(jax.jit(product)(others, weights)[0], wanted)
+
+
 @compiled
 def test_the_kernel_takes_what_it_can():
     x, w = operands(FEWEST_ROWS, 5, 7)
