@@ -26,10 +26,9 @@ def layer_matmuls(
     """The products of all layers, for every row; `product` computes those of weights in f32.
 
     Returns:
-      Rows that differ as `x` does, and change with every product.
+      `x`, but for its first number.
     """
     width = x.shape[-1]
-    change = jnp.zeros((), x.dtype)
     for index in params["layers"]:
         layer = params["layers"][index]
         for room, first, second in (("attention", "qkv", "output"), ("mlp", "up", "down")):
@@ -37,9 +36,10 @@ def layer_matmuls(
             inner = kernel.num_inputs if isinstance(kernel, Coded) else kernel.size // width
             # Without norms between them, products of products would soon be infinite.
             hidden = _multiply(x, layer[room][first]["kernel"].get_value(), product)
-            # All of it is computed: XLA would leave out what nobody reads.
-            change += lax.optimization_barrier(_multiply(hidden[:, :inner], kernel, product))[0, 0]
-    return x + 1e-6 * change
+            # All of it is computed, XLA would leave out what nobody reads; and before the next.
+            found = lax.optimization_barrier(_multiply(hidden[:, :inner], kernel, product))
+            x = x.at[0, 0].add(1e-6 * found[0, 0])
+    return x
 
 
 def _multiply(x: Array, kernel: Array | Coded, product: Product) -> Array:
