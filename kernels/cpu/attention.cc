@@ -99,8 +99,13 @@ struct Attention {
 
     const float* keys = part.keys + place * size;
     const float* values = part.values + place * size;
-    Fetch(values, count * size);
-    if (place + next < part.places * next) Fetch(keys + next * size, count * size);
+    const int64_t ahead = place + next < part.places * next ? next * size : 0;
+    const bool few = &part == &parts.back() && part.places == tokens && group <= kFewQueries &&
+                     width == size;
+    if (!few) {
+      Fetch(values, count * size);
+      Fetch(keys + ahead, count * size);
+    }
     if (width != size) {
       for (int64_t j = 0; j < count; ++j)
         std::fill(std::copy_n(values + j * size, size, s.values.data() + j * width),
@@ -112,8 +117,8 @@ struct Attention {
     const float* q = s.queries.data() + row * size;
     float* scores = s.scores.data() + row * kKeys;
     float* sums = s.sums.data() + row * width;
-    if (&part == &parts.back() && part.places == tokens && group <= kFewQueries && width == size)
-      FewScores(rows, q, keys, count, scores);
+    if (few)
+      FewScores(rows, q, keys, values, ahead, count, scores);
     else
       Scores(rows, q, keys, count, s.keys.data(), scores);
     const int vectors = Parts(count, kLanes);
@@ -165,15 +170,18 @@ struct Attention {
     }
   }
 
-  // The same from keys as they are, whose size is of whole vectors.
-  void FewScores(int64_t rows, const float* q, const float* keys, int64_t count,
-                 float* scores) const {
-    for (int64_t r = 0; r < rows; ++r, q += size, scores += kKeys) {
-      int64_t j = 0;
-      for (; j + kLanes <= count; j += kLanes)
-        At(scores + j) = Dots<true>(q, keys + j * size, size, kLanes);
-      if (j < count) At(scores + j) = Dots<false>(q, keys + j * size, size, count - j);
-    }
+  // The same from keys as they are, whose size is of whole vectors. What lies `ahead` of keys and
+  // values is fetched beside it, all at once would be more than a core can wait for.
+  void FewScores(int64_t rows, const float* q, const float* keys, const float* values,
+                 int64_t ahead, int64_t count, float* scores) const {
+    for (int64_t r = 0; r < rows; ++r, q += size, scores += kKeys)
+      for (int64_t j = 0; j < count; j += kLanes) {
+        const int64_t some = std::min<int64_t>(kLanes, count - j);
+        if (r == 0) Fetch(keys + ahead + j * size, some * size);
+        if (r == rows - 1) Fetch(values + ahead + j * size, some * size);
+        At(scores + j) = some == kLanes ? Dots<true>(q, keys + j * size, size, some)
+                                        : Dots<false>(q, keys + j * size, size, some);
+      }
   }
 
   // Scores become weights relative to the largest so far; what was summed up follows it.
