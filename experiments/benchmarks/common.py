@@ -37,7 +37,7 @@ from iro_jax.models import (
     prompt_keys,
 )
 from iro_jax.models.lora import init_adapters
-from iro_jax.values import Head, ValueNetwork, ValueParams
+from iro_jax.values import Head, RecomputedNetwork, ValueNetwork, ValueParams
 
 HEAD = Head()
 SAMPLING = Sampling(0.7, top_k=50)
@@ -77,6 +77,15 @@ def shared_adapters(model: Pretrained, number: int, rank: int) -> Scoring:
     adapters = init_adapters(model.network.config, jax.random.key(0), copies=number, rank=rank)
     params = ValueParams(_copy(model.params), _heads(model, number), adapters)
     return ValueSum((network,)), ValueSumParams((params,), jnp.ones(number))
+
+
+def recomputed(scoring: Scoring) -> Scoring:
+    """A sum of value networks that keep no keys and values."""
+    scorer, params = scoring
+    assert isinstance(scorer, ValueSum)
+    networks = [network for network in scorer.networks if isinstance(network, ValueNetwork)]
+    assert len(networks) == len(scorer.networks)
+    return ValueSum(tuple(map(RecomputedNetwork, networks))), params
 
 
 def policy_heads(model: Pretrained, number: int) -> Scoring:

@@ -65,7 +65,7 @@ from iro_jax.search import (
     SelectFn,
     diversity_first,
 )
-from iro_jax.values import StackedNetworks, ValueNetwork, ValueParams
+from iro_jax.values import AnyNetwork, ValueNetwork, ValueParams
 
 
 class ApiGuide:
@@ -270,6 +270,7 @@ def api_value_scorer(
     chunk_length: int = 16,
     chat: bool = False,
     stacked: bool | None = None,
+    recomputed: bool = False,
 ) -> tuple[BridgedValues, ValueSumParams, PreTrainedTokenizerBase]:
     """A scorer from checkpoints for answers that are bytes.
 
@@ -279,7 +280,9 @@ def api_value_scorer(
       The scorer, its parameters, and the tokenizer it reads prompts with: the arguments of
       `ApiGuide`.
     """
-    values, params, tokenizer = value_sum(models, betas, networks, stacked=stacked)
+    values, params, tokenizer = value_sum(
+        models, betas, networks, stacked=stacked, recomputed=recomputed
+    )
     bridge = Bridge(
         BYTE_TOKENS,
         [END],
@@ -350,5 +353,5 @@ def _check_scorer(scorer: Scorer) -> None:
             )
 
 
-def _value_networks(scorer: Scorer) -> tuple[ValueNetwork | StackedNetworks, ...]:
+def _value_networks(scorer: Scorer) -> tuple[AnyNetwork, ...]:
     return scorer.values.networks if isinstance(scorer, BridgedValues) else ()

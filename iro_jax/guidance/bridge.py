@@ -37,7 +37,7 @@ from iro_jax.models.network import Depth
 from iro_jax.models.token_bytes import token_bytes
 from iro_jax.search import Candidates, Scores, sequences
 from iro_jax.search.tree import take
-from iro_jax.values import StackedMemory, ValueMemory
+from iro_jax.values import AnyMemory
 
 
 @jax.tree_util.register_dataclass
@@ -309,7 +309,7 @@ class BridgedValues:
         self,
         params: GuidedParams,
         candidates: Candidates,
-        memory: tuple[ForeignPrefix, tuple[ValueMemory | StackedMemory, ...]],
+        memory: tuple[ForeignPrefix, tuple[AnyMemory, ...]],
     ):
         prefix, of_values = memory
         crossing = candidates.features

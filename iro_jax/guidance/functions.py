@@ -46,6 +46,7 @@ def function_scorer(
     chunk_length: int = 16,
     chat: bool = False,
     stacked: bool | None = None,
+    recomputed: bool = False,
 ) -> tuple[Scorer, object, PreTrainedTokenizerBase | None]:
     """A scorer for the sum of V_t / beta_t (equation 8).
 
@@ -56,14 +57,15 @@ def function_scorer(
       chunk_length: L of the search.
       chat: whether prompts are conversations.
       stacked: whether networks of one architecture are read together; see `value_scorer`.
+      recomputed: whether networks keep no keys and values; likewise.
 
     Returns:
       The scorer, its parameters, and the tokenizer it reads prompts with if that is not the
       policy's: the arguments of `Guide`.
 
     Raises:
-      ValueError: betas are not positive numbers, one for each value function, or the
-        functions' tokenizers differ.
+      ValueError: betas are not positive numbers, one for each value function, the functions'
+        tokenizers differ, or networks were to be both stacked and recomputed.
     """
     if (
         not functions
@@ -86,6 +88,7 @@ def function_scorer(
         chunk_length=chunk_length,
         chat=chat,
         stacked=stacked,
+        recomputed=recomputed,
     )
 
 

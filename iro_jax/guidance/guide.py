@@ -62,7 +62,13 @@ from iro_jax.models.stop import cut, stop_table
 from iro_jax.models.text import check_ids, end_of_turn
 from iro_jax.models.token_bytes import token_bytes
 from iro_jax.search import SearchOutput, SelectFn, check_scores, diversity_first, per_parent, top_k
-from iro_jax.values import ValueNetwork, ValueParams, stack_networks
+from iro_jax.values import (
+    AnyNetwork,
+    RecomputedNetwork,
+    ValueNetwork,
+    ValueParams,
+    stack_networks,
+)
 
 Driver = Literal["auto", "program", "host", "continuous"]
 
@@ -306,6 +312,7 @@ def value_scorer(
     chunk_length: int = 16,
     chat: bool = False,
     stacked: bool | None = None,
+    recomputed: bool = False,
 ) -> tuple[Scorer, ValueSumParams, PreTrainedTokenizerBase | None]:
     """A scorer from checkpoints: the sum of V_t / beta_t.
 
@@ -320,6 +327,8 @@ def value_scorer(
       stacked: whether neighbours of one architecture are read in one batched program, from a
         copy of their parameters; by default on accelerators, unless they are large. See
         `iro_jax.values.stack_networks`.
+      recomputed: whether networks keep no keys and values, but read the prompt and the beams again
+        at every chunk: less memory, more time. See `iro_jax.values.RecomputedNetwork`.
 
     Returns:
       The scorer, its parameters, and the tokenizer it reads prompts with if that is not the
@@ -327,9 +336,10 @@ def value_scorer(
 
     Raises:
       ValueError: tokenizers are missing or differ between the models, or betas are not
-        positive numbers, one for each value function.
+        positive numbers, one for each value function, or networks were to be both stacked and
+        recomputed.
     """
-    values, params, own = value_sum(models, betas, networks, stacked=stacked)
+    values, params, own = value_sum(models, betas, networks, stacked=stacked, recomputed=recomputed)
     of_policy = _tokenizer(policy)
     if same_tokenizer(of_policy, own):
         return values, params, None
@@ -360,6 +370,7 @@ def value_sum(
     networks: Sequence[tuple[ValueNetwork, ValueParams]] | None = None,
     *,
     stacked: bool | None = None,
+    recomputed: bool = False,
 ) -> tuple[ValueSum, ValueSumParams, PreTrainedTokenizerBase]:
     """The sum of V_t / beta_t, its parameters, and the tokenizer of its networks.
 
@@ -376,7 +387,13 @@ def value_sum(
     own, *others = [_tokenizer(model) for model in models]
     if any(not same_tokenizer(own, other) for other in others):
         raise ValueError("The value functions of one scorer need one tokenizer. Got: several")
-    passes = stack_networks(networks, stacked)
+    if stacked and recomputed:
+        raise ValueError("Networks can be stacked or recomputed. Got: both")
+    passes: Sequence[tuple[AnyNetwork, ValueParams]] = (
+        [(RecomputedNetwork(network), own_params) for network, own_params in networks]
+        if recomputed
+        else stack_networks(networks, stacked)
+    )
     values = ValueSum(tuple(network for network, _ in passes))
     params = ValueSumParams(tuple(p for _, p in passes), jnp.asarray(betas, jnp.float32))
     return values, params, own

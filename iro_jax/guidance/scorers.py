@@ -29,12 +29,10 @@ from iro_jax.models.network import Depth
 from iro_jax.search import Candidates, Scores
 from iro_jax.search.tree import take
 from iro_jax.values import (
+    AnyMemory,
+    AnyNetwork,
     Head,
     HeadParams,
-    StackedMemory,
-    StackedNetworks,
-    ValueMemory,
-    ValueNetwork,
     ValueParams,
 )
 
@@ -99,7 +97,7 @@ class ValueSum:
         pass.
     """
 
-    networks: tuple[ValueNetwork | StackedNetworks, ...]
+    networks: tuple[AnyNetwork, ...]
     features: tuple[Depth, ...] = dataclasses.field(default=(), init=False)
 
     def __post_init__(self):
@@ -142,9 +140,9 @@ class ValueSum:
         params: GuidedParams,
         tokens: Int[Array, "P K B N"],
         mask: Bool[Array, "P K B N"],
-        memory: tuple[ValueMemory | StackedMemory, ...],
+        memory: tuple[AnyMemory, ...],
         kept: Int[Array, "P K B"] | None = None,
-    ) -> tuple[Scores, tuple[ValueMemory | StackedMemory, ...]]:
+    ) -> tuple[Scores, tuple[AnyMemory, ...]]:
         """Scores chunks of tokens; see `ValueNetwork.extend`."""
         values, memories = [], []
         for (network, of_network), of_memory in zip(self._with_params(params), memory, strict=True):

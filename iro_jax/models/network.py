@@ -132,7 +132,7 @@ class Network:
           `Outputs` at every token, `[batch, length, ...]`; arbitrary at padding.
         """
         _check_tokens(tokens, mask, rank=2)
-        positions = _positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
+        positions = token_positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
         if segments is not None:
             chex.assert_equal_shape([tokens, segments])
             positions = _positions_in_segments(mask, segments)
@@ -167,7 +167,7 @@ class Network:
         """
         _check_tokens(tokens, mask, rank=2)
         chex.assert_shape(tokens, cache.prompt.positions.shape)
-        positions = _positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
+        positions = token_positions(mask, jnp.zeros(tokens.shape[:-1], jnp.int32))
         module = self._module(params)
         stream, prompt = _apply(
             module,
@@ -221,9 +221,9 @@ class Network:
         beams = cache.beams
         if kept is not None:
             forgotten = kept - beams.lengths[..., None]
-            positions = _positions(mask, cache.next_positions() + forgotten)
+            positions = token_positions(mask, cache.next_positions() + forgotten)
         else:
-            positions = _positions(mask, cache.next_positions())
+            positions = token_positions(mask, cache.next_positions())
         context = tuple(part for part in (cache.prompt, beams) if part.slots)
         before = None if kept is None else cache.prompt.lengths[:, None, None] + kept
         module = self._module(params)
@@ -289,7 +289,10 @@ def _check_tokens(tokens: Array, mask: Array, rank: int) -> None:
     chex.assert_equal_shape([tokens, mask])
 
 
-def _positions(mask: Bool[Array, "*lead N"], start: Int[Array, "*lead"]) -> Int[Array, "*lead N"]:
+def token_positions(
+    mask: Bool[Array, "*lead N"], start: Int[Array, "*lead"]
+) -> Int[Array, "*lead N"]:
+    """Positions from `start` on of tokens that are real, and EMPTY of the others."""
     offsets = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
     return jnp.where(mask, start[..., None] + offsets, EMPTY)
 

@@ -15,12 +15,15 @@ from iro_jax.values.network import ValueMemory, ValueNetwork, ValueParams
 from iro_jax.values.next_states import NextStates
 from iro_jax.values.prefixes import StateCache, prefix_values
 from iro_jax.values.reading import StateReader
+from iro_jax.values.recomputed import AnyMemory, AnyNetwork, RecomputedNetwork, TokenMemory
 from iro_jax.values.rewards import FunctionReward
 from iro_jax.values.stacked import StackedMemory, StackedNetworks, stack_networks
 from iro_jax.values.store import from_pretrained, save_value
 
 __all__ = [
     "AnswerTokens",
+    "AnyMemory",
+    "AnyNetwork",
     "Epoch",
     "FitError",
     "FitSettings",
@@ -29,10 +32,12 @@ __all__ = [
     "Head",
     "HeadParams",
     "NextStates",
+    "RecomputedNetwork",
     "StackedMemory",
     "StackedNetworks",
     "StateCache",
     "StateReader",
+    "TokenMemory",
     "ValueFitter",
     "ValueFunction",
     "ValueMemory",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,12 +109,9 @@ class StackedNetworks:
         return values.reshape(*values.shape[:-2], -1)
 
 
-AnyNetwork: TypeAlias = ValueNetwork | StackedNetworks
-
-
 def stack_networks(
     networks: Sequence[tuple[ValueNetwork, ValueParams]], stacked: bool | None = None
-) -> list[tuple[AnyNetwork, ValueParams]]:
+) -> list[tuple[ValueNetwork | StackedNetworks, ValueParams]]:
     """Puts neighbours of one architecture together.
 
     Args:
@@ -127,7 +124,7 @@ def stack_networks(
     """
     if stacked is False or (stacked is None and jax.default_backend() == "cpu"):
         return list(networks)
-    found: list[tuple[AnyNetwork, ValueParams]] = []
+    found: list[tuple[ValueNetwork | StackedNetworks, ValueParams]] = []
     for _, neighbours in itertools.groupby(networks, key=_architecture):
         group = list(neighbours)
         size = sum(leaf.nbytes for _, params in group for leaf in jax.tree.leaves(params))

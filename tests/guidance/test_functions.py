@@ -21,6 +21,7 @@ from iro_jax.models import Pretrained, prompt_keys
 from iro_jax.testing import tiny_network, word_tokenizer
 from iro_jax.values import (
     Head,
+    RecomputedNetwork,
     ValueFunction,
     ValueNetwork,
     ValueParams,
@@ -222,7 +223,7 @@ class TestNetworks:
         assert [network.num_values for network in scorer.networks] == [1, 1, 1]
 
     @pytest.mark.parametrize("kind", ["score heads", "heads on backbones of their own"])
-    def test_stacked_networks_guide_a_search_as_in_turn(self, kind):
+    def test_stacked_and_recomputed_networks_guide_a_search_as_in_turn(self, kind):
         if kind == "score heads":
             functions = [score_function(seed) for seed in (1, 2, 3)]
         else:
@@ -232,21 +233,23 @@ class TestNetworks:
         asked = prompts(4)
         keys = prompt_keys(0, [str(i) for i in range(len(asked))])
 
-        def run(stacked):
-            scorer, params, _ = function_scorer(MODEL, functions, BETAS[:3], stacked=stacked)
+        def run(**options):
+            scorer, params, _ = function_scorer(MODEL, functions, BETAS[:3], **options)
             output = jax.jit(guided(scorer))(guided_params(params), keys, *batch(asked))
             return scorer, jax.device_get(output)
 
-        in_turn, one = run(False)
-        stacked, other = run(True)
-        assert len(in_turn.networks) == 3
-        assert len(stacked.networks) == 1
-        assert (other.num_steps > 2).any()
-        np.testing.assert_array_equal(one.finalists.tokens, other.finalists.tokens)
-        np.testing.assert_array_equal(one.ranking, other.ranking)
-        for name in ("total", "parts"):
-            found = [getattr(output.finalists.scores, name) for output in (one, other)]
-            np.testing.assert_allclose(*found, atol=1e-4, rtol=1e-5)
+        in_turn, one = run(stacked=False)
+        stacked, two = run(stacked=True)
+        recomputed, three = run(recomputed=True)
+        assert [len(some.networks) for some in (in_turn, stacked, recomputed)] == [3, 1, 3]
+        assert all(isinstance(network, RecomputedNetwork) for network in recomputed.networks)
+        assert (one.num_steps > 2).any()
+        for other in (two, three):
+            np.testing.assert_array_equal(one.finalists.tokens, other.finalists.tokens)
+            np.testing.assert_array_equal(one.ranking, other.ranking)
+            for name in ("total", "parts"):
+                found = [getattr(output.finalists.scores, name) for output in (one, other)]
+                np.testing.assert_allclose(*found, atol=1e-4, rtol=1e-5)
 
     def test_another_tokenizer_needs_a_bridge(self):
         other = word_tokenizer([*reversed(WORDS)])
@@ -267,6 +270,11 @@ class TestErrors:
     def test_nothing_to_sum(self):
         with pytest.raises(ValueError, match=r"at least one value function. Got: "):
             function_scorer(MODEL, [], [])
+
+    def test_stacked_or_recomputed(self):
+        functions = [score_function(1), score_function(2)]
+        with pytest.raises(ValueError, match=r"stacked or recomputed. Got: both"):
+            function_scorer(MODEL, functions, [1.0, 1.0], stacked=True, recomputed=True)
 
     def test_one_tokenizer_for_all(self):
         other = pretrained(seed=5, tokenizer=word_tokenizer([*reversed(WORDS)]))
