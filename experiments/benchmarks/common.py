@@ -72,9 +72,16 @@ def shared_heads(model: Pretrained, number: int) -> Scoring:
 
 
 def shared_adapters(model: Pretrained, number: int, rank: int) -> Scoring:
-    """LoRA adapters, each with a head, on one further copy of the network."""
+    """LoRA adapters, each with a head, on one further copy of the network.
+
+    They differ: rows that are equal would be multiplied once for all of them.
+    """
     network = ValueNetwork(model.network, HEAD, num_values=number, adapters=True)
     adapters = init_adapters(model.network.config, jax.random.key(0), copies=number, rank=rank)
+    leaves, structure = jax.tree.flatten(adapters)
+    noise = iter(jax.random.split(jax.random.key(1), len(leaves)))
+    moved = [leaf + 0.01 * jax.random.normal(next(noise), leaf.shape) for leaf in leaves]
+    adapters = jax.tree.unflatten(structure, moved)
     params = ValueParams(_copy(model.params), _heads(model, number), adapters)
     return ValueSum((network,)), ValueSumParams((params,), jnp.ones(number))
 
